@@ -1,0 +1,29 @@
+"""QDyLoRA (arXiv 2402.10462) as a library: train a low-rank adapter once, use it at every rank from 1 to r_max."""
+
+from qdylora.adapter import RankSettings, at_rank, attach, gate_of, load_adapter, lora_layers, set_rank
+from qdylora.base import compute_dtype, load_base, load_tokenizer
+from qdylora.callback import DrawCallback
+from qdylora.draw import Draw
+from qdylora.export import export_rank, merge, merge_into
+from qdylora.gate import Gate
+from qdylora.update import mask_updates
+
+__all__ = [
+    "Draw",
+    "DrawCallback",
+    "Gate",
+    "RankSettings",
+    "at_rank",
+    "attach",
+    "compute_dtype",
+    "export_rank",
+    "gate_of",
+    "load_adapter",
+    "load_base",
+    "load_tokenizer",
+    "lora_layers",
+    "mask_updates",
+    "merge",
+    "merge_into",
+    "set_rank",
+]

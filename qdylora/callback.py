@@ -1,0 +1,62 @@
+"""The draw as a callback of the stock Hugging Face Trainer."""
+
+from __future__ import annotations
+
+import numpy as np
+from torch import nn
+from transformers import TrainerCallback
+
+from qdylora.adapter import RankSettings, gate_of
+from qdylora.draw import Draw
+from qdylora.update import mask_updates
+
+
+class DrawCallback(TrainerCallback):
+    """Draws the rank(s) of every micro-batch, and writes the rank settings beside every checkpoint.
+
+        Trainer(model=attach(model), callbacks=[DrawCallback(Draw())], ...)
+
+    `ranks`, shape (micro_batches, rows), are the current step's, of all processes; `largest_rank` is the
+    largest of them. With `update="masked"` the optimizer leaves rows above it alone.
+    """
+
+    def __init__(self, draw: Draw, update: str = "drift"):
+        if update not in ("drift", "masked"):
+            raise ValueError(f"update is {update!r}; choose drift or masked")
+        self.draw = draw
+        self.update = update
+        self.ranks = np.full((1, 1), draw.r_max)
+        self._micro = 0
+
+    @property
+    def largest_rank(self) -> int:
+        return int(self.ranks.max())
+
+    def on_train_begin(self, args, state, control, model: nn.Module, optimizer, **kwargs):
+        if self.update == "masked":
+            mask_updates(getattr(optimizer, "optimizer", optimizer), model, lambda: self.largest_rank)
+
+    def on_step_begin(self, args, state, control, model: nn.Module, **kwargs):
+        micro_batches = args.gradient_accumulation_steps * args.world_size
+        self.ranks = self.draw.ranks_of_step(state.global_step, micro_batches, args.per_device_train_batch_size)
+        self._micro = 0
+        self._set_rank(args, model)
+
+    def on_substep_end(self, args, state, control, model: nn.Module, **kwargs):
+        self._micro += 1
+        self._set_rank(args, model)
+
+    def on_train_end(self, args, state, control, model: nn.Module, **kwargs):
+        gate_of(model).set_rank(self.draw.r_max)
+
+    def on_save(self, args, state, control, model: nn.Module, **kwargs):
+        if state.is_world_process_zero:
+            self.settings(model).save(f"{args.output_dir}/checkpoint-{state.global_step}")
+
+    def settings(self, model: nn.Module) -> RankSettings:
+        gate = gate_of(model)
+        return RankSettings(gate.r_max, gate.alpha, gate.scale, gate.frozen, self.update, vars(self.draw))
+
+    def _set_rank(self, args, model: nn.Module) -> None:
+        ranks = self.ranks[self._micro * args.world_size + args.process_index]
+        gate_of(model).set_rank(int(ranks[0]) if self.draw.per != "sequence" else ranks.tolist())

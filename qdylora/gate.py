@@ -1,0 +1,160 @@
+"""The gate: the diagonal g of  h = W0 x + B diag(g) A x.
+
+One `Gate` serves every LoRA layer of a model through PEFT's `LoraVariant` hook, so the rank of the whole
+model is switched in one place and no layer is rewritten. At rank b (1-based) the first b entries of g are
+the scale, the rest are zero (QDyLoRA, arXiv 2402.10462, Eq. 1; DyLoRA, arXiv 2210.07558, Eq. 7).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora.layer import LoraLayer, LoraVariant
+
+#: The scale of an adapter used at rank b, of maximum rank r_max: the paper's, rsLoRA's, plain LoRA's.
+SCALES: dict[str, Callable[[float, int, int], float]] = {
+    "alpha_over_b": lambda alpha, b, r_max: alpha / b,
+    "alpha_over_sqrt_b": lambda alpha, b, r_max: alpha / math.sqrt(b),
+    "constant": lambda alpha, b, r_max: alpha / r_max,
+}
+
+
+@dataclass(eq=False)
+class Gate(LoraVariant):
+    """Rank, scale and gradient rule of one adapter, shared by all its LoRA layers.
+
+    `rank` is either one integer b for the whole batch, which slices A[:b] and B[:, :b] so that cost falls
+    with b, or one integer per row of the batch, which multiplies by a mask. Both give the same numbers.
+    `frozen` lets only row b of A and column b of B learn (DyLoRA, Eq. 10); otherwise rows 1..b learn
+    (QDyLoRA, Eq. 3).
+    """
+
+    r_max: int
+    alpha: float
+    scale: str = "alpha_over_b"
+    frozen: bool = False
+    rank: int | tuple[int, ...] = field(init=False)
+    _masks: dict[tuple, torch.Tensor] = field(init=False, default_factory=dict, repr=False)
+    _merged_at: WeakKeyDictionary = field(init=False, default_factory=WeakKeyDictionary, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.scale not in SCALES:
+            raise ValueError(f"scale is {self.scale!r}; choose one of {', '.join(SCALES)}")
+        self.rank = self.r_max
+
+    def scale_at(self, b: int) -> float:
+        """The factor on B[:, :b] A[:b] at rank b."""
+        return SCALES[self.scale](self.alpha, b, self.r_max)
+
+    def checked(self, b: int) -> int:
+        """b as an int; ValueError unless it is a whole number in 1..r_max."""
+        if isinstance(b, bool) or int(b) != b or not 1 <= b <= self.r_max:
+            raise ValueError(f"rank must be a whole number from 1 to {self.r_max}, got {b}")
+        return int(b)
+
+    def set_rank(self, rank: int | Sequence[int]) -> None:
+        """Use rank b for the whole batch, or ranks[i] for row i of the batch."""
+        if isinstance(rank, (Sequence, torch.Tensor)) and not isinstance(rank, str):
+            rank = tuple(self.checked(b) for b in rank)
+        else:
+            rank = self.checked(rank)
+        if rank != self.rank:
+            self.rank = rank
+            self._masks.clear()
+
+    @contextmanager
+    def at(self, rank: int | Sequence[int]) -> Iterator[Gate]:
+        """Inside this context the model works at the given rank(s); afterwards at those it had before."""
+        before = self.rank
+        self.set_rank(rank)
+        try:
+            yield self
+        finally:
+            self.set_rank(before)
+
+    # PEFT's LoraVariant interface ---------------------------------------------------------------------
+
+    def init(self, module: LoraLayer, adapter_name: str, **kwargs) -> None:
+        """Nothing to set up in a layer: PEFT has already made A (r_max, in) and B (out, r_max)."""
+
+    def forward(
+        self, module: LoraLayer, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs
+    ) -> torch.Tensor:
+        """result + B diag(g) A dropout(x), computed in x's dtype.
+
+        Shapes: x (batch, ..., in), result (batch, ..., out). Raises ValueError when ranks are per row and the
+        batch has another number of rows.
+        """
+        A, B = (p.to(x.dtype) for p in _factors(module, active_adapter))
+        x = module.lora_dropout[active_adapter](x)
+        if isinstance(self.rank, tuple):
+            return result + self._per_row(x, A, B)
+        b = self.rank
+        A_b, B_b = A[:b], B[:, :b]
+        if self.frozen and b > 1:
+            A_b = torch.cat([A_b[:-1].detach(), A_b[-1:]])
+            B_b = torch.cat([B_b[:, :-1].detach(), B_b[:, -1:]], dim=1)
+        return result + F.linear(F.linear(x, A_b) * self.scale_at(b), B_b)
+
+    def merge_safe(self, module: LoraLayer, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
+        """orig_weight (out, in) plus the adapter at the current rank, as a new tensor."""
+        if isinstance(self.rank, tuple):
+            raise ValueError("merging needs one rank for the whole model: call set_rank(b) with an integer first")
+        self._merged_at[module] = self.rank
+        return self._plus_delta(module, active_adapter, orig_weight, self.rank, sign=1)
+
+    def merge_unsafe(self, module: LoraLayer, active_adapter: str, orig_weight: torch.Tensor) -> None:
+        """As `merge_safe`, in place. PEFT calls this one by default; without it nothing would be merged."""
+        orig_weight.data = self.merge_safe(module, active_adapter, orig_weight.data)
+
+    def unmerge(self, module: LoraLayer, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
+        """The weight without the adapter, at the rank it was merged at, whatever the gate says now."""
+        return self._plus_delta(module, active_adapter, orig_weight, self._merged_at.pop(module), sign=-1)
+
+    # ---------------------------------------------------------------------------------------------------
+
+    def delta(self, module: LoraLayer, adapter: str, b: int) -> torch.Tensor:
+        """scale(b) B[:, :b] A[:b], shape (out, in), in float32 or wider."""
+        A, B = (p.detach() for p in _factors(module, adapter))
+        wide = torch.promote_types(A.dtype, torch.float32)
+        product = self.scale_at(b) * (B[:, :b].to(wide) @ A[:b].to(wide))
+        return product.T if getattr(module, "fan_in_fan_out", False) else product
+
+    def _plus_delta(
+        self, module: LoraLayer, adapter: str, weight: torch.Tensor, b: int, sign: int
+    ) -> torch.Tensor:
+        # The sum is rounded once, to the weight's dtype: a delta rounded to bfloat16 first would lose more.
+        return (weight + sign * self.delta(module, adapter, b)).to(weight.dtype)
+
+    def _per_row(self, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+        if len(self.rank) != len(x):
+            raise ValueError(f"the gate holds {len(self.rank)} ranks, one per batch row, but the batch has {len(x)}")
+        prefix = self._mask(x, last_only=False)
+        if not (self.frozen and torch.is_grad_enabled()):
+            return F.linear(F.linear(x, A) * prefix, B)
+        last = self._mask(x, last_only=True)
+        below = prefix - last
+        z = F.linear(x, A) * last + F.linear(x, A.detach()) * below
+        return F.linear(z * (last != 0), B) + F.linear(z * (last == 0), B.detach())
+
+    def _mask(self, x: torch.Tensor, last_only: bool) -> torch.Tensor:
+        """g per row, shape (batch, 1, ..., r_max), with as many axes as x; only entry b of it if `last_only`."""
+        key = (x.device, x.dtype, x.ndim, last_only)
+        if key not in self._masks:
+            ranks = torch.tensor(self.rank, device=x.device)[:, None]
+            rows = torch.arange(1, self.r_max + 1, device=x.device)
+            scale = torch.tensor([self.scale_at(b) for b in self.rank], device=x.device)[:, None]
+            mask = scale * (rows == ranks if last_only else rows <= ranks)
+            self._masks[key] = mask.to(x.dtype).reshape(len(self.rank), *[1] * (x.ndim - 2), self.r_max)
+        return self._masks[key]
+
+
+def _factors(module: LoraLayer, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """A (r_max, in) and B (out, r_max) of one layer."""
+    return module.lora_A[adapter].weight, module.lora_B[adapter].weight

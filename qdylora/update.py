@@ -1,0 +1,64 @@
+"""What an optimizer does to the rows above b, whose gradient is zero in this step.
+
+By default nothing special: Adam's momentum and weight decay still move them (`drift`, the official DyLoRA code's
+behaviour). `mask_updates` leaves those rows, and their optimizer state, as they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from peft.tuners.lora.layer import LoraLayer
+from torch import nn
+
+
+def mask_updates(optimizer: torch.optim.Optimizer, model: nn.Module, largest_rank: Callable[[], int]) -> None:
+    """From now on a step of `optimizer` leaves alone all rows of A and columns of B above `largest_rank()`,
+    the largest rank of the batch that made the gradient, together with their entries of the optimizer's state.
+
+    Works by copying those rows before the step and putting them back after it, so it holds for every
+    optimizer whose state has the parameter's shape; Adam's step count, one number per tensor, goes on. Raises
+    ValueError for 8-bit optimizers, whose state has another shape.
+    """
+    rank_axis = _rank_axes(model)
+    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def unused_parts(b: int) -> Iterator[torch.Tensor]:
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                if p not in rank_axis:
+                    continue
+                states = [s for s in optimizer.state.get(p, {}).values() if torch.is_tensor(s) and s.ndim]
+                for tensor in (p.data, *states):
+                    if tensor.shape != p.shape or tensor.dtype == torch.uint8:
+                        raise ValueError(
+                            "update is 'masked', but this optimizer's state cannot be cut by rank; "
+                            "choose a 32-bit optimizer such as adamw, or update: drift"
+                        )
+                    yield tensor.narrow(rank_axis[p], b, tensor.shape[rank_axis[p]] - b)
+
+    def before(*_) -> None:
+        kept[:] = [(part, part.clone()) for part in unused_parts(largest_rank())]
+
+    def after(*_) -> None:
+        for part, value in kept:
+            part.copy_(value)
+        # State that this step created starts at zero above b, as if the step had not been.
+        known = {part.data_ptr() for part, _ in kept}
+        for part in unused_parts(largest_rank()):
+            if part.data_ptr() not in known:
+                part.zero_()
+        kept.clear()
+
+    optimizer.register_step_pre_hook(before)
+    optimizer.register_step_post_hook(after)
+
+
+def _rank_axes(model: nn.Module) -> dict[nn.Parameter, int]:
+    """Which axis of each adapter parameter counts rank: 0 of A (r, in), 1 of B (out, r)."""
+    axes = {}
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            axes |= {m.weight: 0 for m in module.lora_A.values()} | {m.weight: 1 for m in module.lora_B.values()}
+    return axes
