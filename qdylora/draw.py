@@ -38,11 +38,14 @@ class Draw:
 
     def __post_init__(self) -> None:
         checks = {
-            f"r_min is {self.r_min} and r_max is {self.r_max}; needs 1 <= r_min <= r_max": 1 <= self.r_min <= self.r_max,
+            f"r_min is {self.r_min} and r_max is {self.r_max}; needs 1 <= r_min <= r_max": 1
+            <= self.r_min
+            <= self.r_max,
             f"draw.kind is {self.kind!r}; choose one of {', '.join(KINDS)}": self.kind in KINDS,
             f"draw.per is {self.per!r}; choose one of {', '.join(PER)}": self.per in PER,
             f"draw.ranks is {list(self.ranks)}; kind 'list' needs ranks from {self.r_min} to {self.r_max}": self.kind
-            != "list" or (self.ranks and all(self.r_min <= b <= self.r_max for b in self.ranks)),
+            != "list"
+            or (self.ranks and all(self.r_min <= b <= self.r_max for b in self.ranks)),
             f"draw.p is {self.p}; needs 0 < p < 1": 0 < self.p < 1,
             f"draw.at_r_max is {self.at_r_max} and draw.at_r_min is {self.at_r_min}; both need to be shares of a batch, "
             "together at most 1": min(self.at_r_max, self.at_r_min) >= 0 and self.at_r_max + self.at_r_min <= 1,

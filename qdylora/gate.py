@@ -126,9 +126,7 @@ class Gate(LoraVariant):
         product = self.scale_at(b) * (B[:, :b].to(wide) @ A[:b].to(wide))
         return product.T if getattr(module, "fan_in_fan_out", False) else product
 
-    def _plus_delta(
-        self, module: LoraLayer, adapter: str, weight: torch.Tensor, b: int, sign: int
-    ) -> torch.Tensor:
+    def _plus_delta(self, module: LoraLayer, adapter: str, weight: torch.Tensor, b: int, sign: int) -> torch.Tensor:
         # The sum is rounded once, to the weight's dtype: a delta rounded to bfloat16 first would lose more.
         return (weight + sign * self.delta(module, adapter, b)).to(weight.dtype)
 

@@ -1,0 +1,112 @@
+"""Which token prefixes to compute once: group contexts by shared trunk, and lay each context out as one row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+Tokens = tuple[int, ...]
+
+#: A group of its own must save at least this many tokens: every group costs a few forward passes.
+OVERHEAD = 64
+
+
+@dataclass(frozen=True)
+class Group:
+    """Contexts (indices) that begin with the same `trunk` tokens."""
+
+    trunk: Tokens
+    members: tuple[int, ...]
+
+
+def group_by_trunk(contexts: Sequence[Tokens]) -> list[Group]:
+    """Split contexts into groups with a common trunk so that few tokens are computed in all.
+
+    The trunk of a group is computed once, the rest of each context by itself. At least one token of every
+    context stays outside the trunk, because its hidden state is needed.
+    """
+    order = sorted(range(len(contexts)), key=contexts.__getitem__)
+    groups: list[Group] = []
+    pending = [order] if order else []
+    while pending:
+        members = pending.pop()
+        depth = _shared(contexts[members[0]], contexts[members[-1]])  # sorted: the extremes share least
+        depth = min(depth, *(len(contexts[i]) - 1 for i in members))
+        stay, leave = [], []
+        for branch in _branches(contexts, members, depth):
+            (leave if len(branch) < len(members) and _pays(contexts, branch, depth) else stay).append(branch)
+        if stay:
+            groups.append(Group(contexts[members[0]][:depth], tuple(i for branch in stay for i in branch)))
+        pending += leave
+    return groups
+
+
+def _shared(a: Tokens, b: Tokens) -> int:
+    """How many tokens two sequences begin with in common."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _branches(contexts: Sequence[Tokens], members: list[int], depth: int) -> list[list[int]]:
+    """Members, in sorted order, split by their token at `depth`."""
+    branches: list[list[int]] = []
+    for i in members:
+        if branches and contexts[branches[-1][0]][depth] == contexts[i][depth]:
+            branches[-1].append(i)
+        else:
+            branches.append([i])
+    return branches
+
+
+def _pays(contexts: Sequence[Tokens], branch: list[int], depth: int) -> bool:
+    """Whether a branch saves tokens by computing its own longer trunk, from its first token on."""
+    deeper = _shared(contexts[branch[0]], contexts[branch[-1]])
+    return (len(branch) - 1) * (deeper - depth) > depth + OVERHEAD
+
+
+@dataclass(frozen=True)
+class Row:
+    """One context behind a trunk and the continuations to score after it, as a small token tree.
+
+    tokens: the context's own tokens, then one branch for each continuation of two tokens or more (its last
+        token is only read, never fed).
+    positions: of each token in its sequence. context: how many of the tokens are the context's own.
+    branches: (start, end) of each branch among the tokens.
+    reads: for each continuation, the indices of the tokens whose next-token distribution scores it.
+    """
+
+    tokens: Tokens
+    positions: Tokens
+    context: int
+    branches: tuple[tuple[int, int], ...]
+    reads: tuple[Tokens, ...]
+
+    def sees(self) -> list[tuple[int, int, int]]:
+        """(start, end, context) triples: tokens start..end see each other causally and the first `context`."""
+        return [(0, self.context, 0), *((start, end, self.context) for start, end in self.branches)]
+
+
+def lay_out(context: Tokens, trunk: int, continuations: Sequence[Tokens]) -> Row:
+    """The row of a context whose first `trunk` tokens are computed elsewhere."""
+    tokens, positions = list(context[trunk:]), list(range(trunk, len(context)))
+    own = len(tokens)
+    branch_of: dict[Tokens, tuple[int, int]] = {}
+    for fed in (continuation[:-1] for continuation in continuations):
+        if fed and fed not in branch_of:
+            branch_of[fed] = (len(tokens), len(tokens) + len(fed))
+            tokens += fed
+            positions += range(len(context), len(context) + len(fed))
+    reads = tuple((own - 1, *range(*branch_of.get(c[:-1], (0, 0)))) for c in continuations)
+    return Row(tuple(tokens), tuple(positions), own, tuple(branch_of.values()), reads)
+
+
+def batches(lengths: Sequence[int], rows_each: int, budget: int) -> list[list[int]]:
+    """Indices in batches of at most `budget` padded tokens, longest first; an item counts `rows_each` times."""
+    result: list[list[int]] = []
+    longest = 0
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if result and (len(result[-1]) + 1) * longest * rows_each <= budget:
+            result[-1].append(i)
+        else:
+            longest = max(lengths[i], 1)
+            result.append([i])
+    return result
