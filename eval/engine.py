@@ -7,6 +7,7 @@ examples, a question with four choices - is computed once per rank.
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -181,9 +182,11 @@ class AllRanks:
         self.model.eval()
         try:
             with (
-                torch.inference_mode(),
+                torch.no_grad(),  # inference tensors, such as the gate's masks, could not be used in training later
                 shared_prefix_attention(self.base) as self._shared,
-                tqdm(total=total, desc=what, unit=unit, disable=not self.progress, leave=False) as bar,
+                tqdm(
+                    total=total, desc=what, unit=unit, disable=not self.progress, leave=False, file=sys.__stderr__
+                ) as bar,
             ):
                 yield bar
         finally:

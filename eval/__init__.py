@@ -1,0 +1,1 @@
+"""Scoring: the glue between our models and lm-evaluation-harness."""

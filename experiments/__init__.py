@@ -1,0 +1,1 @@
+"""Entry points, data sets, cells and run records."""

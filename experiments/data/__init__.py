@@ -1,0 +1,1 @@
+"""Training data: sources, prompt formats, encoding, overlap with the benchmarks, generated facts."""

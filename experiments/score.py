@@ -1,0 +1,95 @@
+"""Score a trained cell at every rank:  python -m experiments.score data=gsm8k method=qdylora
+
+Held-out loss and the table's benchmarks. What has been scored is kept when the process is killed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from eval.benchmarks import Settings, load
+from eval.dequantize import dequantized
+from eval.engine import AllRanks
+from eval.lm import RankedLM
+from eval.score import heldout_loss
+from eval.score import score as score_task
+from experiments.cell import Cell, note, read_json, write_json
+from experiments.cli import command, quiet
+from experiments.config import Config, ConfigError
+from experiments.examples import prepare, release_folder
+from experiments.monitor import sequences
+from experiments.train import base_id, base_model
+from qdylora import load_adapter, load_tokenizer
+
+SPLITS = ("validation", "test")
+
+
+def score(cell: Cell) -> dict:
+    """The results of a cell: held-out loss and tasks at every evaluation rank, for its record."""
+    if not cell.adapter.is_dir():
+        raise ConfigError(f"{cell.name} has no trained adapter in {cell.adapter}; run experiments.train first")
+    c = cell.config
+    tokenizer = load_tokenizer(**base_id(cell))
+    model = load_adapter(base_model(cell), cell.adapter)
+    held_out = sequences(prepare(c, tokenizer).held_out)
+    engine = AllRanks(model, c.ranks.eval, c.tasks.tokens_per_batch)
+    with dequantized(model, c.tasks.dequantize):
+        results = {
+            "heldout": _part(cell, "heldout", lambda file: _heldout(engine, held_out, file)),
+            "tasks": {name: _benchmark(cell, name, engine, tokenizer) for name in c.tasks.benchmarks},
+        }
+    return results
+
+
+def _heldout(engine: AllRanks, held_out: list, items_file: Path) -> dict:
+    result = heldout_loss(engine, held_out, items_file) | {"items": f"items/{items_file.name}"}
+    with engine.model.disable_adapter():
+        untrained = AllRanks(engine.model, [engine.gate.r_max], engine.budget)
+        result["untrained"] = heldout_loss(untrained, held_out)["ranks"][str(engine.gate.r_max)]
+    return result
+
+
+def _benchmark(cell: Cell, name: str, engine: AllRanks, tokenizer) -> dict:
+    c = cell.config
+    lm = RankedLM(engine, tokenizer)
+    splits, facts = {}, {}
+    for split in SPLITS:
+        settings = Settings(
+            num_fewshot=c.tasks.num_fewshot[name],
+            root=release_folder(c),
+            limit=getattr(c.tasks.limit, split),
+            references=c.tasks.webglm_references,
+            keep_citations=c.tasks.webglm_citations,
+        )
+        task = load(name, split, settings)
+        facts = task.facts() | {"num_fewshot": settings.num_fewshot}
+        splits[split] = _part(
+            cell,
+            f"{name}-{split}",
+            lambda file, task=task: score_task(lm, task, file) | {"items": f"items/{file.name}"},
+        )
+    return facts | {"splits": splits}
+
+
+def _part(cell: Cell, name: str, compute: Callable[[Path], dict]) -> dict:
+    """A part of the results, computed at most once: from its file, or now."""
+    file = cell.folder / "parts" / f"{name}.json"
+    found = read_json(file)
+    if found is None:
+        found = compute(cell.folder / "items" / f"{name}.jsonl.gz")
+        write_json(file, found)
+    return found
+
+
+def main(config: Config) -> None:
+    quiet()
+    cell = Cell(config)
+    for name in cell.prepare():
+        note(f"{cell.name}: {name} has changed; what was there is put aside")
+    print(json.dumps(score(cell)["heldout"]["ranks"]))
+
+
+if __name__ == "__main__":
+    command(main)

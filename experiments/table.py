@@ -1,0 +1,71 @@
+"""Run what is missing of a table, cell by cell, and print it:  python -m experiments.table table=table1 scale=mini"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from itertools import product
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+
+from analysis.records import load
+from analysis.tables import TABLES
+from experiments.cell import Cell, note
+from experiments.cli import MALLOC, command
+from experiments.config import CONF, Config, resolved
+
+
+def cells(config: Config, overrides: list[str]) -> list[tuple[list[str], Cell]]:
+    """Every cell of the configuration's table, with the command-line overrides that make it.
+
+    `overrides` are the table's own; those of a cell come after them.
+    """
+    table = config.table
+    found = []
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(CONF, version_base="1.3"):
+        for model, data, method, seed in product(table.models, table.data, table.methods, table.seeds):
+            own = [*overrides, f"model={model}", f"data={data}", f"method={method}", f"seed={seed}"]
+            found.append((own, Cell(resolved(compose("config", overrides=own)))))
+    return found
+
+
+def run_missing(found: list[tuple[list[str], Cell]]) -> int:
+    """Run the cells that have no record, each in a process of its own; returns how many did not end well."""
+    missing = [(overrides, cell) for overrides, cell in found if cell.record() is None]
+    started, failed = time.monotonic(), 0
+    for i, (overrides, cell) in enumerate(missing):
+        left = (time.monotonic() - started) / i * (len(missing) - i) if i else None
+        note(f"[{i + 1}/{len(missing)}] {cell.name}" + (f", about {left / 60:.0f} min left" if left else ""))
+        done = subprocess.run([sys.executable, "-m", "experiments.run", *overrides], env=os.environ | MALLOC)
+        failed += done.returncode != 0
+        if done.returncode == 2:  # a mistake in the configuration or a missing file: the other cells have it too
+            sys.exit(2)
+    return failed
+
+
+def show(found: list[tuple[list[str], Cell]], config: Config) -> None:
+    """Print the table made of the cells' records, and write it as Markdown, LaTeX and CSV beside them."""
+    folder = Path(config.outputs) / config.scale / config.table.name
+    names = {cell.name for _, cell in found}
+    table = TABLES[config.table.name]([record for record in load(folder) if record.name in names])
+    for suffix, text in {"md": table.to_markdown(), "tex": table.to_latex(), "csv": table.to_csv()}.items():
+        (folder / f"{config.table.name}.{suffix}").write_text(text)
+    print(table.to_markdown())
+    note(f"written to {folder}/{config.table.name}.md, .tex and .csv")
+
+
+def main(config: Config) -> int:
+    found = cells(config, list(HydraConfig.get().overrides.task))
+    failed = run_missing(found)
+    show(found, config)
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,213 @@
+"""Train a cell's adapter:  python -m experiments.train data=gsm8k method=qdylora
+
+Hugging Face's Trainer with the draw as a callback. Killed at any moment and started again, it goes on from its
+last whole checkpoint, with the same draws and the same data.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import PeftModel
+from transformers import Trainer, TrainingArguments, set_seed
+
+from experiments import checkpoints
+from experiments.cell import Cell, note, read_json, write_json
+from experiments.cli import command, quiet
+from experiments.config import Config, draw
+from experiments.data.encode import CompletionCollator
+from experiments.examples import Examples, Ordered, order, prepare
+from experiments.monitor import HeldOutLoss, Log, ProgressBar, TokenBudget, read_log
+from experiments.tracker import Tracker
+from qdylora import DrawCallback, attach, compute_dtype, load_base, load_tokenizer
+from qdylora.adapter import SETTINGS_FILE
+
+OPTIMIZERS = {
+    "adamw": "adamw_torch",
+    "sgd": "sgd",
+    "paged_adamw_32bit": "paged_adamw_32bit",
+    "paged_adamw_8bit": "paged_adamw_8bit",
+}
+
+
+def train(cell: Cell) -> dict:
+    """Train the adapter of `cell` unless it is trained; returns what was spent (`training.json`)."""
+    done = read_json(cell.folder / "training.json")
+    if done:
+        return done
+    config = cell.config
+    tokenizer = load_tokenizer(**base_id(cell))
+    examples = prepare(config, tokenizer)
+    set_seed(config.seed)
+    model = adapted_model(cell)
+    trainer = make_trainer(cell, model, examples, tokenizer)
+    start = checkpoints.last_good(cell.folder / "checkpoints")
+    step = checkpoints.step_of(start) if start else 0
+    log = cell.folder / "log.jsonl"
+    read_log(log, up_to=step, rewrite=True)
+    if start:
+        note(f"{cell.name}: going on from step {step}")
+    trainer.train(resume_from_checkpoint=str(start) if start else None)
+    return _conclude(cell, trainer, examples, read_log(log))
+
+
+def base_id(cell: Cell) -> dict:
+    """The arguments that name a cell's base model and tokenizer."""
+    model = cell.config.model
+    return {"model_id": model.id, "revision": model.revision, "cache": cell.cache, "random_config": model.random}
+
+
+def base_model(cell: Cell):
+    """The cell's frozen base, quantized as its method says."""
+    c = cell.config
+    model = load_base(
+        bits=c.method.bits,
+        dtype=compute_dtype(c.optim.compute_dtype, c.method.bits),
+        quant_type=c.method.quant_type,
+        double_quant=c.method.double_quant,
+        **base_id(cell),
+    )
+    model.config.use_cache = False
+    return model
+
+
+def adapted_model(cell: Cell) -> PeftModel:
+    """The base with a fresh adapter."""
+    c = cell.config
+    return attach(
+        base_model(cell),
+        r_max=c.ranks.r_max,
+        alpha=c.method.alpha,
+        scale=c.method.scale,
+        frozen=c.method.gate == "frozen",
+        dropout=c.optim.lora_dropout,
+        targets=c.method.targets,
+        dtype=getattr(torch, c.optim.adapter_dtype),
+    )
+
+
+def make_trainer(cell: Cell, model: PeftModel, examples: Examples, tokenizer) -> Trainer:
+    c = cell.config
+    arguments = training_arguments(c, cell.folder / "checkpoints")
+    lengths = [len(e) for e in examples.train]
+    data = Ordered(examples.train, order(lengths, c.budget.steps, c.budget.batch, c.seed, c.optim.group_by_length))
+    if c.optim.checkpoint_activations:
+        model.enable_input_require_grads()
+    draws = DrawCallback(draw(c), c.method.update)
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=data,
+        data_collator=CompletionCollator.of(tokenizer),
+        callbacks=[
+            draws,
+            checkpoints.Seal(),
+            HeldOutLoss(c, examples.held_out),
+            TokenBudget(c.budget.tokens),
+            Log(cell.folder / "log.jsonl", draws),
+            ProgressBar(cell.name, draws),
+            Tracker(cell),
+        ],
+    )
+    return trainer
+
+
+def training_arguments(c: Config, folder: Path) -> TrainingArguments:
+    """The Trainer's arguments for a configuration. ConfigError if the batch does not divide among processes."""
+    warm_up = c.optim.schedule == "constant" and c.optim.warmup_ratio > 0
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=c.budget.steps,
+        per_device_train_batch_size=c.optim.micro_batch,
+        optim=OPTIMIZERS[c.optim.name],
+        learning_rate=c.optim.lr,
+        adam_beta2=c.optim.beta2,
+        weight_decay=c.optim.weight_decay,
+        max_grad_norm=c.optim.max_grad_norm,
+        lr_scheduler_type="constant_with_warmup" if warm_up else c.optim.schedule,
+        warmup_steps=c.optim.warmup_ratio,  # a value below 1 is a share of the steps
+        gradient_checkpointing=c.optim.checkpoint_activations,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        train_sampling_strategy="sequential",  # `Ordered` is in order already
+        dataloader_drop_last=True,
+        remove_unused_columns=False,
+        save_strategy="steps",
+        save_steps=c.checkpoint_every,
+        save_total_limit=2,
+        logging_strategy="steps",
+        logging_steps=1,
+        include_num_input_tokens_seen="non_padding",
+        report_to=[],
+        disable_tqdm=True,
+        seed=c.seed,
+        use_cpu=not torch.cuda.is_available(),
+    )
+    processes = arguments.world_size * c.optim.micro_batch
+    arguments.gradient_accumulation_steps = checkpoints.divided(c.budget.batch, processes)
+    return arguments
+
+
+def _conclude(cell: Cell, trainer: Trainer, examples: Examples, log: list[dict]) -> dict:
+    """Put the last checkpoint's adapter in its place and write what training spent."""
+    last = checkpoints.last_good(cell.folder / "checkpoints")
+    draft = cell.folder / ".adapter"
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir()
+    for name in ("adapter_model.safetensors", "adapter_config.json", SETTINGS_FILE):
+        shutil.copy(last / name, draft / name)
+    shutil.rmtree(cell.adapter, ignore_errors=True)
+    draft.rename(cell.adapter)
+    c = cell.config
+    ranks = np.array([rank for line in log for rank in line["ranks"]])
+    spent = {
+        "budget": {
+            "asked": {
+                "steps": c.budget.steps,
+                "examples": c.budget.steps * c.budget.batch,
+                "tokens": c.budget.tokens,
+            },
+            "spent": {
+                "steps": trainer.state.global_step,
+                "examples": trainer.state.global_step * c.budget.batch,
+                "tokens": trainer.state.num_input_tokens_seen,
+                "seconds": round(sum(line["seconds"] for line in log), 1),
+            },
+        },
+        "data": examples.report,
+        "peak_memory_bytes": peak_memory(),
+        "optimizer": type(trainer.optimizer.optimizer).__name__,
+        "compute_dtype": str(trainer.model.dtype).removeprefix("torch."),
+        "final_loss": log[-1]["loss"],
+        "updates": [int((ranks >= b).sum()) for b in range(1, c.ranks.r_max + 1)]
+        if c.method.gate == "prefix"
+        else [int((ranks == b).sum()) for b in range(1, c.ranks.r_max + 1)],
+    }
+    write_json(cell.folder / "training.json", spent)
+    shutil.rmtree(cell.folder / "checkpoints")
+    return spent
+
+
+def peak_memory() -> int:
+    """Most bytes in use at once so far: allocated on the GPU, or resident in this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def main(config: Config) -> None:
+    quiet()
+    cell = Cell(config)
+    for name in cell.prepare():
+        note(f"{cell.name}: {name} has changed; what was there is put aside")
+    print(json.dumps(train(cell)["budget"]["spent"]))
+
+
+if __name__ == "__main__":
+    command(main)

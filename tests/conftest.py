@@ -1,0 +1,24 @@
+"""Fixtures the tests share."""
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with real data and models beside the repository; tests that need it are skipped without."""
+    folder = Path(__file__).resolve().parents[2] / "shared"
+    if not folder.is_dir():
+        pytest.skip("../shared is not here")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def generated_root(tmp_path_factory) -> Path:
+    """A folder in which the generated data of seed 0 have been built."""
+    from experiments.data.sources import generated
+
+    parent = tmp_path_factory.mktemp("generated")
+    generated(parent, seed=0)
+    return parent
