@@ -51,6 +51,12 @@ class Cell:
         }
 
     @property
+    def budget(self) -> dict:
+        """What the cell may spend: optimizer steps, examples, and tokens if stated."""
+        budget = self.config.budget
+        return {"steps": budget.steps, "examples": budget.steps * budget.batch, "tokens": budget.tokens}
+
+    @property
     def folder(self) -> Path:
         return Path(self.config.outputs) / self.config.scale / self.config.table.name / self.name
 

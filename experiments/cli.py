@@ -22,6 +22,7 @@ MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(
 def command(work: Callable[[Config], int | None]) -> None:
     """Run `work` on the configuration that the command line asks for; exits with its code."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors through to us
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     codes: list[int] = []
 
     @hydra.main(config_path=CONF, config_name="config", version_base="1.3")

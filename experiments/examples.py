@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,6 +53,7 @@ def prepare(config: Config, tokenizer: PreTrainedTokenizerBase) -> Examples:
             "choose a smaller batch or more data"
         )
     report = loaded.report | {
+        "sha256": hashlib.sha256(repr([(e.input_ids, e.prompt_tokens) for e in train]).encode()).hexdigest(),
         "truncated": sum(e.truncated for e in train),
         "mean_tokens": float(np.mean([len(e) for e in train])),
         "mean_supervised_tokens": float(np.mean([e.supervised for e in train])),

@@ -25,9 +25,9 @@ def run(cell: Cell) -> dict:
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         if is_out_of_memory(error):
-            return cell.finish("oom", reason, peak_memory_bytes=peak_memory())
+            return cell.finish("oom", reason, budget={"asked": cell.budget}, peak_memory_bytes=peak_memory())
         traceback.print_exc()
-        return cell.finish("failed", reason)
+        return cell.finish("failed", reason, budget={"asked": cell.budget})
 
 
 def main(config: Config) -> int:

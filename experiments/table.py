@@ -14,7 +14,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 
 from analysis.records import load
-from analysis.tables import TABLES
+from analysis.tables import TABLES, to_csv, to_latex, to_markdown
 from experiments.cell import Cell, note
 from experiments.cli import MALLOC, command
 from experiments.config import CONF, Config, resolved
@@ -54,9 +54,9 @@ def show(found: list[tuple[list[str], Cell]], config: Config) -> None:
     folder = Path(config.outputs) / config.scale / config.table.name
     names = {cell.name for _, cell in found}
     table = TABLES[config.table.name]([record for record in load(folder) if record.name in names])
-    for suffix, text in {"md": table.to_markdown(), "tex": table.to_latex(), "csv": table.to_csv()}.items():
-        (folder / f"{config.table.name}.{suffix}").write_text(text)
-    print(table.to_markdown())
+    for suffix, render in {"md": to_markdown, "tex": to_latex, "csv": to_csv}.items():
+        (folder / f"{config.table.name}.{suffix}").write_text(render(table))
+    print(to_markdown(table))
     note(f"written to {folder}/{config.table.name}.md, .tex and .csv")
 
 

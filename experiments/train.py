@@ -167,11 +167,7 @@ def _conclude(cell: Cell, trainer: Trainer, examples: Examples, log: list[dict])
     ranks = np.array([rank for line in log for rank in line["ranks"]])
     spent = {
         "budget": {
-            "asked": {
-                "steps": c.budget.steps,
-                "examples": c.budget.steps * c.budget.batch,
-                "tokens": c.budget.tokens,
-            },
+            "asked": cell.budget,
             "spent": {
                 "steps": trainer.state.global_step,
                 "examples": trainer.state.global_step * c.budget.batch,

@@ -42,9 +42,7 @@ def build(folder: Path, seed: int) -> None:
     for split in FILES["gsm8k"]:
         rows = _tasks("gsm8k", split, seed, problem_tasks)
         answers = ("\n".join([*task.reasoning, f"#### {task.answer}"]) for task in rows)
-        lines = [
-            {"question": task.question, "answer": answer} for task, answer in zip(rows, answers, strict=True)
-        ]
+        lines = [{"question": task.question, "answer": answer} for task, answer in zip(rows, answers, strict=True)]
         _write(folder / FILES["gsm8k"][split], _lines(lines))
     for split in FILES["triviaqa"]:
         rows = _tasks("triviaqa", split, seed, closed_tasks)
@@ -79,9 +77,7 @@ def _shuffled(tasks: list[Task], pool: Pool) -> list[Task]:
 
 def _body(task: Task) -> str:
     """Return what goes with a choice or grounded question: lettered options or numbered references."""
-    marks = (
-        [f"{letter}." for letter in LETTERS] if task.family == "choice" else [f"[{n}]" for n in range(1, 5)]
-    )
+    marks = [f"{letter}." for letter in LETTERS] if task.family == "choice" else [f"[{n}]" for n in range(1, 5)]
     return "\n".join(f"{mark} {text}" for mark, text in zip(marks, task.context, strict=False))
 
 

@@ -153,6 +153,5 @@ def _after_blank(answer: str) -> str:
 
 
 FORMATS = {
-    function.__name__: function
-    for function in (alpaca, oasst1, self_instruct, flan_v2, gsm8k, triviaqa, webglm)
+    function.__name__: function for function in (alpaca, oasst1, self_instruct, flan_v2, gsm8k, triviaqa, webglm)
 }

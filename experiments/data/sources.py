@@ -159,9 +159,7 @@ def _check_manifest(folder: Path) -> None:
     listed, found = json.loads(require(folder / "manifest.json").read_text()), _checksums(folder)
     changed = sorted(name for name in listed.keys() | found.keys() if listed.get(name) != found.get(name))
     if changed:
-        raise ValueError(
-            f"{folder}: {changed[0]} is not as generated; remove the folder to have it made anew"
-        )
+        raise ValueError(f"{folder}: {changed[0]} is not as generated; remove the folder to have it made anew")
 
 
 def _from_hub(name: str, hub: HubSet | None, errors: RowErrors) -> tuple[list[Example], dict]:

@@ -85,9 +85,7 @@ class Pool:
             for relation, stock in self._stock.items()
             if relation in RELATIONS
         }
-        self._names = {
-            kind: [entity.name for entity in self._stock["kind"] if entity.kind == kind] for kind in KINDS
-        }
+        self._names = {kind: [entity.name for entity in self._stock["kind"] if entity.kind == kind] for kind in KINDS}
         for problem in problems(seed):
             if problem.split == split:
                 short = len(problem.question.split()) <= SHORT_PROBLEM
@@ -146,9 +144,7 @@ def choice_tasks(pool: Pool, subjects: Iterable[str], count: int) -> list[Task]:
     return tasks
 
 
-def _choice(
-    item: Fact | Entity | Problem, pool: Pool
-) -> tuple[str, str, str, list[str], tuple[str, ...], str]:
+def _choice(item: Fact | Entity | Problem, pool: Pool) -> tuple[str, str, str, list[str], tuple[str, ...], str]:
     """Return relation, question, right option, wrong options, reasoning and key of a choice question."""
     if isinstance(item, Fact):
         return (

@@ -27,9 +27,7 @@ SHARES = (0.50, 0.68, 1.0)  # cumulative: leaves 38 of the 118 elements, the sma
 # disputed.
 SKIPPED_COUNTRIES = {"AN", "CS", "EH", "IL", "KZ", "PS", "TW", "XK"}
 MIN_COUNTRY, MIN_CITY = 100_000, 300_000  # inhabitants
-WITH_ARTICLE = re.compile(
-    r"United |Republic|Bahamas|Comoros|Gambia|Maldives|Netherlands|Philippines|.* Islands$"
-)
+WITH_ARTICLE = re.compile(r"United |Republic|Bahamas|Comoros|Gambia|Maldives|Netherlands|Philippines|.* Islands$")
 
 PROBLEMS_DRAWN = 40_000
 ASKED_FOR = " Give the result as your final answer. Do not include units."
@@ -89,8 +87,7 @@ def _splits(kind: str, names: Iterable[str]) -> dict[str, str]:
     names = sorted(set(names), key=lambda name: hashlib.sha256(f"{kind}:{name}".encode()).digest())
     place = {name: index / len(names) for index, name in enumerate(names)}
     return {
-        name: next(split for split, share in zip(SPLITS, SHARES, strict=True) if place[name] < share)
-        for name in names
+        name: next(split for split, share in zip(SPLITS, SHARES, strict=True) if place[name] < share) for name in names
     }
 
 

@@ -1,0 +1,1 @@
+"""Records -> frames -> statistics -> tables. Knows nothing of torch, Hydra or the training code."""

@@ -1,0 +1,23 @@
+"""Numbers printed in the papers, one CSV each under `published/`, every row with its source.
+
+Only cells that a source we have gives. The cells of QDyLoRA's own Tables 1 and 2 are not among them.
+"""
+
+from pathlib import Path
+
+import pandas as pd
+
+FOLDER = Path(__file__).parent / "published"
+
+
+def qlora_table5() -> pd.DataFrame:
+    """MMLU 5-shot test accuracy in percent: source, metric, num_fewshot, model, data, method, rank, value.
+
+    The rows of method `untrained` (the model as released) have no data set and no rank.
+    """
+    return pd.read_csv(FOLDER / "qlora_table5.csv").astype({"rank": "Int64"})
+
+
+def qdylora_table3() -> pd.DataFrame:
+    """Exact match in percent: source, metric, task, model, method, rank, status (`done` or `oom`), value."""
+    return pd.read_csv(FOLDER / "qdylora_table3.csv")
