@@ -30,8 +30,9 @@ class RankedLM(HFLM):
     own code.
     """
 
-    def __init__(self, engine: AllRanks, tokenizer: PreTrainedTokenizerBase):
-        super().__init__(pretrained=engine.base, tokenizer=tokenizer, batch_size=8)
+    def __init__(self, engine: AllRanks, tokenizer: PreTrainedTokenizerBase, **kwargs):
+        """`kwargs` as lm-eval's HFLM takes them, such as add_bos_token."""
+        super().__init__(pretrained=engine.base, tokenizer=tokenizer, **({"batch_size": 8} | kwargs))
         self.engine = engine
         self.what = "scoring"
         self._answers: dict[str, Sequence] = {}

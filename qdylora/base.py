@@ -7,11 +7,13 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -23,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.models.falcon import modeling_falcon
 
 log = logging.getLogger(__name__)
 
@@ -82,16 +85,19 @@ def load_base(
         bnb_4bit_compute_dtype=dtype,
     )
     source, revision = _local_or_hub(model_id, revision, cache, random_config)
-    model = AutoModelForCausalLM.from_pretrained(
-        source,
-        revision=revision,
-        dtype=dtype,
-        device_map={"": device()},
-        quantization_config=quantization if bits == 4 else None,
-        use_safetensors=True,
-        trust_remote_code=False,
-    )
-    keep_4bit_weights_trainable_through(model)
+    with _falcon_with_plain_linear_layers():
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            revision=revision,
+            dtype=dtype,
+            device_map={"": device()},
+            quantization_config=quantization if bits == 4 else None,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    if bits == 4:
+        _check_quantized(model)
+        keep_4bit_weights_trainable_through(model)
     return model.requires_grad_(False)
 
 
@@ -105,6 +111,25 @@ def load_tokenizer(
     return tokenizer
 
 
+@contextmanager
+def _falcon_with_plain_linear_layers() -> Iterator[None]:
+    """Falcon's linear layer is a subclass of nn.Linear that computes the same, and transformers 5 quantizes only
+    nn.Linear itself: left alone, a Falcon asked for in 4 bits is loaded in 16, with a warning at most."""
+    before, modeling_falcon.FalconLinear = modeling_falcon.FalconLinear, nn.Linear
+    try:
+        yield
+    finally:
+        modeling_falcon.FalconLinear = before
+
+
+def _check_quantized(model: PreTrainedModel) -> None:
+    """RuntimeError unless every linear layer but the output head is in 4 bits."""
+    head = model.get_output_embeddings()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and module is not head and not isinstance(module, Linear4bit):
+            raise RuntimeError(f"bits is 4, but {name} ({type(module).__name__}) was not quantized by transformers")
+
+
 def keep_4bit_weights_trainable_through(model: nn.Module) -> None:
     """Stop bitsandbytes from repacking 4-bit weights on CPUs with AVX512-BF16.
 
@@ -112,7 +137,7 @@ def keep_4bit_weights_trainable_through(model: nn.Module) -> None:
     undo it: after one evaluation the gradient of everything below is lost, with a warning at most.
     """
     for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
+        if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
 
 

@@ -37,22 +37,30 @@ class Draw:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        checks = {
-            f"r_min is {self.r_min} and r_max is {self.r_max}; needs 1 <= r_min <= r_max": 1
-            <= self.r_min
-            <= self.r_max,
-            f"draw.kind is {self.kind!r}; choose one of {', '.join(KINDS)}": self.kind in KINDS,
-            f"draw.per is {self.per!r}; choose one of {', '.join(PER)}": self.per in PER,
-            f"draw.ranks is {list(self.ranks)}; kind 'list' needs ranks from {self.r_min} to {self.r_max}": self.kind
-            != "list"
-            or (self.ranks and all(self.r_min <= b <= self.r_max for b in self.ranks)),
-            f"draw.p is {self.p}; needs 0 < p < 1": 0 < self.p < 1,
-            f"draw.at_r_max is {self.at_r_max} and draw.at_r_min is {self.at_r_min}; both need to be shares of a batch, "
-            "together at most 1": min(self.at_r_max, self.at_r_min) >= 0 and self.at_r_max + self.at_r_min <= 1,
-            f"draw.per is {self.per!r}; anchored rows need per = sequence": self.per == "sequence"
-            or self.at_r_max == self.at_r_min == 0,
-        }
-        for sentence, holds in checks.items():
+        in_range = all(self.r_min <= b <= self.r_max for b in self.ranks)
+        anchors = (self.at_r_max, self.at_r_min)
+        needs = [
+            (
+                1 <= self.r_min <= self.r_max,
+                f"r_min is {self.r_min} and r_max {self.r_max}; 1 <= r_min <= r_max is needed",
+            ),
+            (self.kind in KINDS, f"draw.kind is {self.kind!r}; choose one of {', '.join(KINDS)}"),
+            (self.per in PER, f"draw.per is {self.per!r}; choose one of {', '.join(PER)}"),
+            (
+                self.kind != "list" or (self.ranks and in_range),
+                f"draw.ranks is {list(self.ranks)}; kind 'list' needs ranks from {self.r_min} to {self.r_max}",
+            ),
+            (0 < self.p < 1, f"draw.p is {self.p}; 0 < p < 1 is needed"),
+            (
+                min(anchors) >= 0 and sum(anchors) <= 1,
+                f"draw.at_r_max is {self.at_r_max} and draw.at_r_min {self.at_r_min}; as shares they sum to at most 1",
+            ),
+            (
+                self.per == "sequence" or not any(anchors),
+                f"draw.per is {self.per!r}; anchored rows need per = sequence",
+            ),
+        ]
+        for holds, sentence in needs:
             if not holds:
                 raise ValueError(sentence)
 

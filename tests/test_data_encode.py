@@ -89,9 +89,7 @@ def test_loss_and_gradients_equal_the_ordinary_computation(batch, family):
     expected.backward()
     output.loss.backward()
     for (name, one), other in zip(model.named_parameters(), ordinary.parameters(), strict=True):
-        torch.testing.assert_close(
-            one.grad, other.grad, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
     longest = max(len(row) - max(row.prompt_tokens, 1) for row in rows)
     assert output.logits.shape[1] == arguments["labels"].shape[1] == longest + 1
     assert (arguments["labels"][:, 0] == IGNORED).all()

@@ -53,9 +53,7 @@ def test_alpaca_counts_its_88_shared_rows(shared):
 def test_overlap_finds_gsm8k_inside_flan(shared):
     loaded = load("flan_v2", "local", root=shared / "data", evaluation=evaluation_questions(shared / "data"))
     held = {normalized(example.question) for example in loaded.held_out}
-    among_held = sum(
-        normalized(row["question"]) in held for row in rows("gsm8k", "validation", shared / "data")
-    )
+    among_held = sum(normalized(row["question"]) in held for row in rows("gsm8k", "validation", shared / "data"))
     assert loaded.report["overlap"]["gsm8k/validation"] == 500 - among_held
     assert loaded.report["overlap"]["gsm8k/test"] == 0
 
@@ -87,9 +85,7 @@ def test_a_malformed_row_is_counted_and_too_many_stop(tmp_path):
     records[7] = {"instruction": "i7"}
     file.write_text(json.dumps(records))
     report = load("alpaca", "local", root=tmp_path).report
-    assert report["unparsed"]["count"] == 1 and report["unparsed"]["first"][0].startswith(
-        f"{file}:record 8: "
-    )
+    assert report["unparsed"]["count"] == 1 and report["unparsed"]["first"][0].startswith(f"{file}:record 8: ")
     file.write_text(json.dumps([*records, *[{"output": "o"}] * 5]))
     with pytest.raises(ValueError, match=rf"6 of 205 rows .* the first is {file}:record 8"):
         load("alpaca", "local", root=tmp_path)
@@ -121,9 +117,7 @@ def test_wrong_requests_are_refused(tmp_path):
         load("alpaca", "local", root=tmp_path)
 
 
-@pytest.mark.parametrize(
-    "name", ["alpaca", "oasst1", "self_instruct", "flan_v2", "gsm8k", "triviaqa", "webglm"]
-)
+@pytest.mark.parametrize("name", ["alpaca", "oasst1", "self_instruct", "flan_v2", "gsm8k", "triviaqa", "webglm"])
 def test_generated_data_are_read_like_local_ones(generated_root, name):
     folder = generated(generated_root, seed=0)
     loaded = load(name, "generated", root=generated_root, evaluation=evaluation_questions(folder))

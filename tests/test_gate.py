@@ -111,7 +111,7 @@ def test_ranks_outside_1_to_r_max_are_refused(bad, cache):
 def test_a_batch_of_another_size_is_refused(cache):
     model = adapted("llama", 32, cache)
     set_rank(model, [1, 2])
-    with pytest.raises(ValueError, match="2 ranks.*batch has 3"):
+    with pytest.raises(ValueError, match=r"2 ranks.*batch has 3"):
         model(tokens(batch=3))
 
 

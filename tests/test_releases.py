@@ -100,9 +100,7 @@ def test_a_folders_own_validation_file_leaves_training_whole(tmp_path):
         lines = [json.dumps({"question": f"{split} {n}", "answer": "#### 1"}) for n in range(count)]
         (tmp_path / "gsm8k" / f"{split}.jsonl").write_text("\n".join(lines))
     assert len(rows("gsm8k", "train", tmp_path)) == 50
-    assert [row["question"] for row in rows("gsm8k", "validation", tmp_path)] == [
-        f"validation {n}" for n in range(3)
-    ]
+    assert [row["question"] for row in rows("gsm8k", "validation", tmp_path)] == [f"validation {n}" for n in range(3)]
 
 
 def test_a_malformed_row_is_reported_with_file_and_line(tmp_path):
@@ -148,7 +146,7 @@ def test_a_missing_file_is_named_with_the_remedy(tmp_path):
     message = str(raised.value)
     assert str(tmp_path / "webglm" / "test.jsonl") in message
     assert "make prefetch" in message and "webglm/{train,validation,test}.jsonl" in message
-    with pytest.raises(FileNotFoundError, match="<subject>_test.csv"):
+    with pytest.raises(FileNotFoundError, match=r"<subject>_test\.csv"):
         (tmp_path / "mmlu" / "test").mkdir(parents=True)
         rows("mmlu", "test", tmp_path)
 

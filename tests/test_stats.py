@@ -101,9 +101,7 @@ def test_seeds_without_item_noise_give_the_t_interval():
 @pytest.mark.parametrize("method", ["percentile", "bca"])
 def test_coverage_of_a_mean(method):
     rng = np.random.default_rng(3)
-    share = coverage(
-        lambda: outcomes(rng, [0.3], 200), lambda f: (0.3, mean_at([f], 1, QUICK, method=method)), 2000
-    )
+    share = coverage(lambda: outcomes(rng, [0.3], 200), lambda f: (0.3, mean_at([f], 1, QUICK, method=method)), 2000)
     assert share == pytest.approx(0.95, abs=0.02)
 
 
@@ -158,9 +156,7 @@ def test_coverage_over_seeds_errs_to_the_wide_side(spread, most):
     def simulate():
         item, frames = rng.standard_normal(300), []
         for _ in range(3):
-            latent = (
-                np.sqrt(0.7) * item + np.sqrt(0.3) * rng.standard_normal(300) + spread * rng.standard_normal()
-            )
+            latent = np.sqrt(0.7) * item + np.sqrt(0.3) * rng.standard_normal(300) + spread * rng.standard_normal()
             frames.append(frame((latent < sps.norm.ppf(0.4)).astype(float)[:, None]))
         return frames
 

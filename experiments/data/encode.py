@@ -45,7 +45,7 @@ def encode(example: Example, tokenizer, source_max_len: int, target_max_len: int
     if source_max_len < 1 or target_max_len < 1:
         raise ValueError(f"limits must be at least 1, not {source_max_len} and {target_max_len}")
     source = bos_ids(tokenizer) + tokenizer(example.prompt, add_special_tokens=False).input_ids
-    target = tokenizer(example.completion, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+    target = [*tokenizer(example.completion, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
     truncated = len(source) > source_max_len or len(target) > target_max_len
     source = source[:source_max_len]
     return Encoded(source + target[:target_max_len], len(source), truncated)
