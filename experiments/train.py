@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from peft import PeftModel
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from experiments import checkpoints
 from experiments.cell import Cell, note, read_json, write_json
@@ -115,6 +115,7 @@ def make_trainer(cell: Cell, model: PeftModel, examples: Examples, tokenizer) ->
             Tracker(cell),
         ],
     )
+    trainer.remove_callback(PrinterCallback)
     return trainer
 
 

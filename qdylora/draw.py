@@ -37,7 +37,7 @@ class Draw:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        in_range = all(self.r_min <= b <= self.r_max for b in self.ranks)
+        in_range = all(isinstance(b, int) and self.r_min <= b <= self.r_max for b in self.ranks)
         anchors = (self.at_r_max, self.at_r_min)
         needs = [
             (
@@ -50,6 +50,7 @@ class Draw:
                 self.kind != "list" or (self.ranks and in_range),
                 f"draw.ranks is {list(self.ranks)}; kind 'list' needs ranks from {self.r_min} to {self.r_max}",
             ),
+            (self.seed >= 0, f"draw.seed is {self.seed}; it must be at least 0"),
             (0 < self.p < 1, f"draw.p is {self.p}; 0 < p < 1 is needed"),
             (
                 min(anchors) >= 0 and sum(anchors) <= 1,

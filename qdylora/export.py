@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -51,13 +52,17 @@ def svd_factors(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A' (rank, in) and B' (out, rank) with new_scale B' A' the best rank-b approximation of scale B A.
 
-    A is (r, in) and B (out, r). By QR of both factors the SVD is only of an (r, r) matrix.
+    A is (r, in) and B (out, r). By QR of both factors the SVD is only of an (r, r) matrix. Where a layer is
+    narrower than `rank`, the rows and columns that have nothing to do are zero.
     """
     Q_B, R_B = torch.linalg.qr(B.double())
     Q_A, R_A = torch.linalg.qr(A.double().T)
-    U, S, Vh = torch.linalg.svd(R_B @ R_A.T * (scale / new_scale))
+    U, S, Vh = torch.linalg.svd(R_B @ R_A.T * (scale / new_scale), full_matrices=False)
     root = S[:rank].sqrt()
-    return ((Vh[:rank] * root[:, None]) @ Q_A.T).to(A.dtype), ((Q_B @ U[:, :rank]) * root).to(B.dtype)
+    new_A = (Vh[:rank] * root[:, None]) @ Q_A.T
+    new_B = (Q_B @ U[:, :rank]) * root
+    idle = rank - len(root)
+    return F.pad(new_A, (0, 0, 0, idle)).to(A.dtype), F.pad(new_B, (0, idle)).to(B.dtype)
 
 
 def merge(model: PeftModel, rank: int, *, safe: bool = False) -> None:
@@ -79,8 +84,6 @@ def merge_into(base: PreTrainedModel, adapter: str | Path, rank: int) -> PreTrai
         raise ValueError("merging needs a base at 16 or 32 bits: a 4-bit base would be quantized again, with loss")
     model = load_adapter(base, adapter)
     merge(model, rank, safe=True)
-    for layer in lora_layers(model).values():
-        layer.lora_variant.clear()
     return model.unload()
 
 

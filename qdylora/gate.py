@@ -94,7 +94,7 @@ class Gate(LoraVariant):
         A, B = (p.to(x.dtype) for p in _factors(module, active_adapter))
         x = module.lora_dropout[active_adapter](x)
         if isinstance(self.rank, tuple):
-            return result + self._per_row(x, A, B)
+            return result + self._per_row(module, x, A, B)
         b = self.rank
         A_b, B_b = A[:b], B[:, :b]
         if self.frozen and b > 1:
@@ -130,8 +130,9 @@ class Gate(LoraVariant):
         # The sum is rounded once, to the weight's dtype: a delta rounded to bfloat16 first would lose more.
         return (weight + sign * self.delta(module, adapter, b)).to(weight.dtype)
 
-    def _per_row(self, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
-        if len(self.rank) != len(x):
+    def _per_row(self, module: LoraLayer, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+        # The last batch of an epoch may be smaller: it uses the first of the ranks drawn for it.
+        if len(self.rank) < len(x) or (len(self.rank) > len(x) and not module.training):
             raise ValueError(f"the gate holds {len(self.rank)} ranks, one per batch row, but the batch has {len(x)}")
         prefix = self._mask(x, last_only=False)
         if not (self.frozen and torch.is_grad_enabled()):
@@ -143,13 +144,13 @@ class Gate(LoraVariant):
 
     def _mask(self, x: torch.Tensor, last_only: bool) -> torch.Tensor:
         """g per row, shape (batch, 1, ..., r_max), with as many axes as x; only entry b of it if `last_only`."""
-        key = (x.device, x.dtype, x.ndim, last_only)
+        key = (len(x), x.device, x.dtype, x.ndim, last_only)
         if key not in self._masks:
-            ranks = torch.tensor(self.rank, device=x.device)[:, None]
+            ranks = torch.tensor(self.rank[: len(x)], device=x.device)[:, None]
             rows = torch.arange(1, self.r_max + 1, device=x.device)
-            scale = torch.tensor([self.scale_at(b) for b in self.rank], device=x.device)[:, None]
+            scale = torch.tensor([self.scale_at(b) for b in self.rank[: len(x)]], device=x.device)[:, None]
             mask = scale * (rows == ranks if last_only else rows <= ranks)
-            self._masks[key] = mask.to(x.dtype).reshape(len(self.rank), *[1] * (x.ndim - 2), self.r_max)
+            self._masks[key] = mask.to(x.dtype).reshape(len(x), *[1] * (x.ndim - 2), self.r_max)
         return self._masks[key]
 
 

@@ -21,6 +21,11 @@ def mask_updates(optimizer: torch.optim.Optimizer, model: nn.Module, largest_ran
     optimizer whose state has the parameter's shape; Adam's step count, one number per tensor, goes on. Raises
     ValueError for 8-bit optimizers, whose state has another shape.
     """
+    if getattr(getattr(optimizer, "args", None), "optim_bits", 32) != 32:  # bitsandbytes says so here
+        raise ValueError(
+            "update is 'masked', but an 8-bit optimizer's state cannot be cut by rank; "
+            "choose a 32-bit optimizer such as adamw, or update: drift"
+        )
     rank_axis = _rank_axes(model)
     kept: list[tuple[torch.Tensor, torch.Tensor]] = []
 
@@ -31,11 +36,6 @@ def mask_updates(optimizer: torch.optim.Optimizer, model: nn.Module, largest_ran
                     continue
                 states = [s for s in optimizer.state.get(p, {}).values() if torch.is_tensor(s) and s.ndim]
                 for tensor in (p.data, *states):
-                    if tensor.shape != p.shape or tensor.dtype == torch.uint8:
-                        raise ValueError(
-                            "update is 'masked', but this optimizer's state cannot be cut by rank; "
-                            "choose a 32-bit optimizer such as adamw, or update: drift"
-                        )
                     yield tensor.narrow(rank_axis[p], b, tensor.shape[rank_axis[p]] - b)
 
     def before(*_) -> None:
