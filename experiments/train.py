@@ -99,6 +99,8 @@ def make_trainer(cell: Cell, model: PeftModel, examples: Examples, tokenizer) ->
     data = Ordered(examples.train, order(lengths, c.budget.steps, c.budget.batch, c.seed, c.optim.group_by_length))
     if c.optim.checkpoint_activations:
         model.enable_input_require_grads()
+    # The last positions of a batch are a strided view, for which the CPU's product would copy the whole head.
+    model.get_output_embeddings().register_forward_pre_hook(lambda head, hidden: (hidden[0].contiguous(),))
     draws = DrawCallback(draw(c), c.method.update)
     trainer = Trainer(
         model=model,

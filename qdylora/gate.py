@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import groupby
 from weakref import WeakKeyDictionary
 
 import torch
@@ -24,13 +25,17 @@ SCALES: dict[str, Callable[[float, int, int], float]] = {
     "constant": lambda alpha, b, r_max: alpha / r_max,
 }
 
+#: Neighbouring rows of one rank are sliced together, instead of masked, from this many tokens on average.
+WORTH_SLICING = 64
+
 
 @dataclass(eq=False)
 class Gate(LoraVariant):
     """Rank, scale and gradient rule of one adapter, shared by all its LoRA layers.
 
     `rank` is either one integer b for the whole batch, which slices A[:b] and B[:, :b] so that cost falls
-    with b, or one integer per row of the batch, which multiplies by a mask. Both give the same numbers.
+    with b, or one integer per row of the batch, which multiplies by a mask (or slices, where many neighbouring
+    tokens have one rank). All give the same numbers.
     `frozen` lets only row b of A and column b of B learn (DyLoRA, Eq. 10); otherwise rows 1..b learn
     (QDyLoRA, Eq. 3).
     """
@@ -95,12 +100,7 @@ class Gate(LoraVariant):
         x = module.lora_dropout[active_adapter](x)
         if isinstance(self.rank, tuple):
             return result + self._per_row(module, x, A, B)
-        b = self.rank
-        A_b, B_b = A[:b], B[:, :b]
-        if self.frozen and b > 1:
-            A_b = torch.cat([A_b[:-1].detach(), A_b[-1:]])
-            B_b = torch.cat([B_b[:, :-1].detach(), B_b[:, -1:]], dim=1)
-        return result + F.linear(F.linear(x, A_b) * self.scale_at(b), B_b)
+        return result + self._sliced(x, A, B, self.rank)
 
     def merge_safe(self, module: LoraLayer, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
         """orig_weight (out, in) plus the adapter at the current rank, as a new tensor."""
@@ -130,10 +130,21 @@ class Gate(LoraVariant):
         # The sum is rounded once, to the weight's dtype: a delta rounded to bfloat16 first would lose more.
         return (weight + sign * self.delta(module, adapter, b)).to(weight.dtype)
 
+    def _sliced(self, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, b: int) -> torch.Tensor:
+        A_b, B_b = A[:b], B[:, :b]
+        if self.frozen and b > 1:
+            A_b = torch.cat([A_b[:-1].detach(), A_b[-1:]])
+            B_b = torch.cat([B_b[:, :-1].detach(), B_b[:, -1:]], dim=1)
+        return F.linear(F.linear(x, A_b) * self.scale_at(b), B_b)
+
     def _per_row(self, module: LoraLayer, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
         # The last batch of an epoch may be smaller: it uses the first of the ranks drawn for it.
         if len(self.rank) < len(x) or (len(self.rank) > len(x) and not module.training):
             raise ValueError(f"the gate holds {len(self.rank)} ranks, one per batch row, but the batch has {len(x)}")
+        runs = [(b, len(list(rows))) for b, rows in groupby(self.rank[: len(x)])]
+        if x[..., 0].numel() >= WORTH_SLICING * len(runs):
+            parts = zip(x.split([n for _, n in runs]), runs, strict=True)
+            return torch.cat([self._sliced(rows, A, B, b) for rows, (b, _) in parts])
         prefix = self._mask(x, last_only=False)
         if not (self.frozen and torch.is_grad_enabled()):
             return F.linear(F.linear(x, A) * prefix, B)

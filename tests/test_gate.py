@@ -6,6 +6,7 @@ from tiny import adapted, adapter_grads, plain_lora, tokens
 from torch.testing import assert_close
 
 from qdylora import at_rank, gate_of, lora_layers, merge, set_rank
+from qdylora.gate import WORTH_SLICING
 
 FAMILIES = ["llama", "falcon"]
 EXACT = {"rtol": 1e-5, "atol": 1e-6}
@@ -50,11 +51,13 @@ def test_every_rank_equals_a_peft_lora_of_that_rank(family, bits, checkpointing,
             assert not above(name, grad, b).any(), f"{name} has a gradient above rank {b}"
 
 
+@pytest.mark.parametrize("length", [11, 80], ids=["masked", "sliced"])
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("bits", [32, 4])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_rank_per_row_equals_one_rank_at_a_time(family, bits, frozen, cache):
-    ranks, ids = [3, 8, 1, 3], tokens(batch=4)
+def test_a_rank_per_row_equals_one_rank_at_a_time(family, bits, frozen, length, cache):
+    ranks, ids = [3, 8, 8, 1], tokens(batch=4, length=length)
+    assert (length >= WORTH_SLICING) == (length == 80)
     model = adapted(family, bits, cache, frozen=frozen)
     set_rank(model, ranks)
     logits, grads = loss_and_grads(model, ids)

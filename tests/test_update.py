@@ -189,5 +189,7 @@ def test_8_bit_optimizers_are_refused(name, tmp_path):
     # r_max 64: A is (64, 64), the smallest tensor that bitsandbytes keeps in 8 bits.
     model = adapted("llama", 32, tmp_path, r_max=64)
     optimizer = getattr(bnb.optim, name)(trainable(model).values(), lr=LR)
-    with pytest.raises(ValueError, match="'masked', but an 8-bit optimizer's state cannot be cut by rank; choose a 32-bit"):
+    with pytest.raises(
+        ValueError, match="'masked', but an 8-bit optimizer's state cannot be cut by rank; choose a 32-bit"
+    ):
         mask_updates(optimizer, model, lambda: gate_of(model).rank)
