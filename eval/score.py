@@ -6,8 +6,8 @@ import gzip
 import json
 import logging
 import os
-from collections.abc import Iterable, Sequence
-from contextlib import redirect_stderr
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 
 import lm_eval
@@ -28,12 +28,10 @@ def score(lm: RankedLM, task: Task, items_file: Path) -> dict:
     metric: the mean over items (MMLU: over questions; `macro` is over subjects), in the metric's own unit.
     """
     benchmark = BENCHMARKS[task.name]
-    lm.what = f"{task.name} {task.split}"
     ranks, items = {}, {}
     for rank in lm.engine.ranks:
-        # lm-eval's own progress bars go nowhere; the engine's goes to the terminal. One bootstrap iteration:
-        # closed-form standard errors are still computed, bootstrapped ones are of no use here.
-        with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
+        # One bootstrap iteration: closed-form standard errors are still computed, others are of no use here.
+        with _without_lm_eval_progress():
             result = lm_eval.evaluate(lm.view(rank), task.loaded, bootstrap_iters=1, log_samples=True)
         ranks[str(rank)] = _metrics(result, task, benchmark)
         for name, samples in result["samples"].items():
@@ -44,9 +42,29 @@ def score(lm: RankedLM, task: Task, items_file: Path) -> dict:
                         {"id": sample["doc_id"], "hash": sample["doc_hash"], "group": _group(name, task), "values": {}},
                     )
                     _add_outcome(item, str(rank), sample[benchmark.metric])
-    lm.forget()
     write_items(items_file, items.values())
     return {"n": len(items), "sha256": task.sha256, "ranks": ranks}
+
+
+def answer(lm: RankedLM, tasks: Sequence[Task]) -> None:
+    """Compute what `score` will ask for `tasks` in one go: few-shot examples they share are then computed once."""
+    requests: dict[str, list] = {}
+    for task in tasks:
+        for part in task.loaded["tasks"].values():
+            with _without_lm_eval_progress():
+                part.build_all_requests()
+            for instance in part.instances:
+                requests.setdefault(instance.request_type, []).append(instance)
+    lm.what = ", ".join(sorted({task.name for task in tasks}))
+    for kind, instances in requests.items():
+        lm.at_all_ranks(kind, instances)
+
+
+@contextmanager
+def _without_lm_eval_progress() -> Iterator[None]:
+    """lm-eval draws a bar for every subject and rank; the engine's own bar goes to the terminal all the same."""
+    with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
+        yield
 
 
 def _metrics(result: dict, task: Task, benchmark) -> dict[str, float]:

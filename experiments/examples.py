@@ -64,19 +64,26 @@ def prepare(config: Config, tokenizer: PreTrainedTokenizerBase) -> Examples:
 def order(lengths: list[int], batches: int, batch: int, seed: int, group_by_length: bool) -> np.ndarray:
     """Which example is seen when, shape (batches * batch,): every method of a table gets the same order.
 
-    Epoch by epoch a new permutation; with `group_by_length`, examples of similar length share a batch (sorted
-    within 50 batches, as Hugging Face's sampler does; the batches themselves then come in random order).
+    Epoch by epoch a new permutation. With `group_by_length`, examples of similar length share a batch (sorted
+    within 50 batches, as Hugging Face's sampler does; the batches then come in random order). Within a batch
+    the longest come first in any case, so that its micro-batches need little padding.
     """
+    lengths = np.asarray(lengths)
+    per_epoch = len(lengths) // batch
+
+    def longest_first(examples: np.ndarray) -> np.ndarray:
+        return examples[np.argsort(-lengths[examples], kind="stable")]
+
     seen: list[np.ndarray] = []
-    for epoch in range(-(-batches * batch // (len(lengths) // batch * batch))):
+    for epoch in range(-(-batches // per_epoch)):
         rng = np.random.default_rng((seed, epoch))
         examples = rng.permutation(len(lengths))
         if group_by_length:
             mega = np.array_split(examples, range(MEGABATCH * batch, len(examples), MEGABATCH * batch))
-            examples = np.concatenate([part[np.argsort(-np.take(lengths, part), kind="stable")] for part in mega])
-        whole = examples[: len(examples) // batch * batch].reshape(-1, batch)
-        seen.append(whole[rng.permutation(len(whole))].ravel() if group_by_length else whole.ravel())
-    return np.concatenate(seen)[: batches * batch]
+            examples = np.concatenate([longest_first(part) for part in mega])
+        rows = examples[: per_epoch * batch].reshape(-1, batch)
+        seen += [longest_first(row) for row in (rng.permutation(rows) if group_by_length else rows)]
+    return np.concatenate(seen[:batches])
 
 
 class Ordered(Dataset):

@@ -13,7 +13,7 @@ from eval.benchmarks import Settings, load
 from eval.dequantize import dequantized
 from eval.engine import AllRanks
 from eval.lm import RankedLM
-from eval.score import heldout_loss
+from eval.score import answer, heldout_loss
 from eval.score import score as score_task
 from experiments.cell import Cell, note, read_json, write_json
 from experiments.cli import command, quiet
@@ -52,9 +52,9 @@ def _heldout(engine: AllRanks, held_out: list, items_file: Path) -> dict:
 
 
 def _benchmark(cell: Cell, name: str, engine: AllRanks, tokenizer) -> dict:
+    """Both splits of a benchmark, asked together."""
     c = cell.config
-    lm = RankedLM(engine, tokenizer)
-    splits, facts = {}, {}
+    tasks = {}
     for split in SPLITS:
         settings = Settings(
             num_fewshot=c.tasks.num_fewshot[name],
@@ -63,24 +63,32 @@ def _benchmark(cell: Cell, name: str, engine: AllRanks, tokenizer) -> dict:
             references=c.tasks.webglm_references,
             keep_citations=c.tasks.webglm_citations,
         )
-        task = load(name, split, settings)
-        facts = task.facts() | {"num_fewshot": settings.num_fewshot}
-        splits[split] = _part(
-            cell,
-            f"{name}-{split}",
-            lambda file, task=task: score_task(lm, task, file) | {"items": f"items/{file.name}"},
-        )
-    return facts | {"splits": splits}
+        tasks[split] = load(name, split, settings)
+    lm = RankedLM(engine, tokenizer)
+
+    def compute(split: str) -> Callable[[Path], dict]:
+        def now(items_file: Path) -> dict:
+            answer(lm, [task for s, task in tasks.items() if not _part_file(cell, f"{name}-{s}").exists()])
+            return score_task(lm, tasks[split], items_file) | {"items": f"items/{items_file.name}"}
+
+        return now
+
+    splits = {split: _part(cell, f"{name}-{split}", compute(split)) for split in SPLITS}
+    return tasks["test"].facts() | {"num_fewshot": c.tasks.num_fewshot[name], "splits": splits}
 
 
 def _part(cell: Cell, name: str, compute: Callable[[Path], dict]) -> dict:
     """A part of the results, computed at most once: from its file, or now."""
-    file = cell.folder / "parts" / f"{name}.json"
+    file = _part_file(cell, name)
     found = read_json(file)
     if found is None:
         found = compute(cell.folder / "items" / f"{name}.jsonl.gz")
         write_json(file, found)
     return found
+
+
+def _part_file(cell: Cell, name: str) -> Path:
+    return cell.folder / "parts" / f"{name}.json"
 
 
 def main(config: Config) -> None:
