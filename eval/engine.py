@@ -18,7 +18,7 @@ from peft import PeftModel
 from tqdm import tqdm
 
 from eval.decode import Decoding
-from eval.plan import Row, Tokens, batches, group_by_trunk, lay_out
+from eval.plan import Row, Tokens, batches, divide, group_by_trunk, lay_out
 from eval.prefix import PrefixCache, causal, forward, shared_prefix_attention
 from qdylora import gate_of
 
@@ -89,6 +89,11 @@ class AllRanks:
 
     def _score_group(self, bar, trunk: Tokens, members: list[tuple[Tokens, list[int]]], pairs: Sequence[Pair]):
         """(log-probabilities, greedy flags, where they belong) for the requests of contexts behind one trunk."""
+        members = [
+            (context, [requests[k] for k in part])
+            for context, requests in members
+            for part in divide(len(context) - len(trunk), [tuple(pairs[j][1]) for j in requests])
+        ]
         rows = [lay_out(c, len(trunk), [tuple(pairs[j][1]) for j in requests]) for c, requests in members]
         results = []
         for block in self._rank_blocks(len(trunk)):

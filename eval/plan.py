@@ -9,6 +9,8 @@ Tokens = tuple[int, ...]
 
 #: A group of its own must save at least this many tokens: every group costs a few forward passes.
 OVERHEAD = 64
+#: Branches of a row may be this long together, or as long as its context.
+BRANCHES = 64
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,22 @@ class Row:
     def sees(self) -> list[tuple[int, int, int]]:
         """(start, end, context) triples: tokens start..end see each other causally and the first `context`."""
         return [(0, self.context, 0), *((start, end, self.context) for start, end in self.branches)]
+
+
+def divide(own: int, continuations: Sequence[Tokens]) -> list[list[int]]:
+    """Indices of the continuations that go into one row each, behind a context of `own` tokens.
+
+    Branches of a row are masked from one another, but attention computes the square of the row all the same.
+    """
+    rows: list[list[int]] = []
+    room = -1
+    for i, continuation in enumerate(continuations):
+        room -= len(continuation) - 1
+        if room < 0:
+            rows.append([])
+            room = max(own, BRANCHES) - (len(continuation) - 1)
+        rows[-1].append(i)
+    return rows
 
 
 def lay_out(context: Tokens, trunk: int, continuations: Sequence[Tokens]) -> Row:
