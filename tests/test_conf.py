@@ -1,0 +1,120 @@
+"""Every configuration composes and is valid; every mistake is refused by name, before any work."""
+
+from itertools import product
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+
+from experiments.config import CONF, ConfigError, draw, resolved, substance
+from qdylora import Draw
+from tests.commands import run
+
+
+def names(group: str) -> list[str]:
+    return sorted(file.stem for file in Path(CONF, group).glob("*.yaml"))
+
+
+def config(*overrides: str):
+    with initialize_config_dir(CONF, version_base="1.3"):
+        return resolved(compose("config", overrides=list(overrides)))
+
+
+@pytest.mark.parametrize("scale", names("scale"))
+@pytest.mark.parametrize("group", ["model", "method", "data", "optim", "ranks", "tasks", "tracker", "table"])
+def test_every_choice_of_every_group_is_valid_at_every_scale(group, scale):
+    for choice in names(group):
+        c = config(f"scale={scale}", f"{group}={choice}")
+        assert c.scale == scale
+        if group in ("model", "data", "method"):
+            assert getattr(c, group).name.replace("_", "-") == choice.replace("_", "-")
+
+
+def test_at_scale_paper_every_cell_of_a_table_has_qloras_hyper_parameters():
+    table = config("scale=paper", "table=table1").table
+    for model, data in product(table.models, table.data):
+        c = config("scale=paper", "table=table1", f"model={model}", f"data={data}")
+        size = "13b" if "13b" in model else "7b" if "7b" in model else "33b"
+        batch = 16 if size != "33b" or data == "oasst1" else 32
+        steps = 1875 if data == "oasst1" else 5000 if size == "33b" else 10000
+        assert (c.budget.batch, c.budget.steps) == (batch, steps)
+        assert c.optim.lr == pytest.approx(1e-4 if size == "33b" else 2e-4)
+        assert c.optim.lora_dropout == pytest.approx(0.05 if size == "33b" else 0.1)
+        assert (c.optim.name, c.optim.schedule, c.optim.max_grad_norm) == ("paged_adamw_32bit", "constant", 0.3)
+
+
+def test_methods_differ_in_what_the_paper_says_they_do():
+    methods = {name: config(f"method={name}") for name in names("method")}
+    assert {n: c.method.bits for n, c in methods.items()} == {
+        n: 16 if n in ("dylora", "lora") else 4 for n in methods
+    }
+    assert draw(methods["qlora"]) == draw(methods["lora"]) == Draw(r_max=64, kind="fixed")
+    assert draw(methods["qdylora"]) == draw(methods["dylora"]) == Draw(r_max=64)
+    assert methods["qdylora"].method.scale == "alpha_over_b"
+    assert methods["qdylora_frozen"].method.gate == "frozen"
+
+
+BAD = {
+    "+typo=1": "typo",
+    "typo=1": "typo",
+    "+method.typo=1": "typo",
+    "optim.typo=1": "typo",
+    "ranks.eval=[0,1]": "ranks.eval has 0; ranks go from r_min 1 to r_max 64",
+    "ranks.eval=[1,65]": "ranks.eval has 65; ranks go from r_min 1 to r_max 64",
+    "ranks.eval=[]": "ranks.eval is empty",
+    "ranks.r_max=0": "ranks.r_max is 0; it must be at least 1",
+    "ranks.r_min=0": "ranks.r_min is 0; it must be at least 1",
+    "data=wikipedia": "data/wikipedia",
+    "data.name=wikipedia": "data.name is 'wikipedia'; choose one of alpaca",
+    "model=gpt5": "model/gpt5",
+    "budget.steps=-1": "budget.steps is -1; it must be at least 1",
+    "budget.steps=many": "budget.steps",
+    "budget.batch=7": "budget.batch is 7, not a multiple of optim.micro_batch 8",
+    "optim.lr=-1": "optim.lr is -1.0; it must be a positive number",
+    "optim.lr=inf": "optim.lr is inf",
+    "optim.name=lion": "optim.name is 'lion'",
+    "optim.lora_dropout=1": "optim.lora_dropout is 1.0",
+    "method.bits=8": "method.bits is 8; choose one of 4, 16, 32",
+    "method.scale=alpha": "method.scale is 'alpha'",
+    "method.draw.kind=normal": "method.draw.kind",
+    "method.draw.per=epoch": "method.draw.per",
+    "method.draw.at_r_max=2": "method.draw.at_r_max",
+    "tasks.benchmarks=[hellaswag]": "tasks.benchmarks[0] is 'hellaswag'",
+    "tasks.limit.test=0": "tasks.limit.test is 0",
+    "tasks.num_fewshot.mmlu=-1": "tasks.num_fewshot.mmlu is -1",
+    "tracker.wandb=cloud": "tracker.wandb is 'cloud'",
+    "seed=-1": "seed is -1",
+    "source=ftp": "source is 'ftp'",
+    "source=local root=/nowhere": "root is '/nowhere'",
+}
+
+
+@pytest.mark.parametrize("overrides", BAD)
+def test_a_mistake_is_refused_by_name(overrides):
+    with pytest.raises((ConfigError, HydraException)) as error:
+        config(*overrides.split())
+    assert BAD[overrides] in f"{error.value} {error.value.__cause__}"
+
+
+@pytest.mark.parametrize("module", ["experiments.run", "experiments.table"])
+def test_the_commands_say_it_in_one_sentence_with_exit_code_2(module, tmp_path):
+    for overrides in ("+typo=1", "ranks.eval=[65]", "data=wikipedia"):
+        done = run(module, "scale=smoke", overrides, cwd=tmp_path)
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+        assert overrides.strip("+").split("=")[0].split(".")[0] in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_keys_that_change_no_result_do_not_change_what_a_cell_is():
+    def plain(*overrides):
+        from experiments.cell import Cell
+
+        return substance(Cell(config("scale=smoke", *overrides)).plain_config)
+
+    same = plain()
+    for incidental in ("tracker=none", "outputs=/tmp/x", "tasks.tokens_per_batch=64", "checkpoint_every=1"):
+        assert plain(incidental) == same
+    for substantial in ("seed=1", "budget.steps=5", "method=qlora", "ranks.eval=[1]", "tasks.limit.test=17"):
+        assert plain(substantial) != same
