@@ -39,7 +39,7 @@ lint: setup  ## check style
 	$(PYTHON) -m ruff format --check .
 
 bench-train: setup  ## time and memory of a training step against stock PEFT QLoRA
-	$(PYTHON) -m tests.bench_train
+	$(PYTHON) -m experiments.bench_train
 
 clean:  ## remove caches; results in outputs/ stay
 	rm -rf .pytest_cache .ruff_cache .hypothesis

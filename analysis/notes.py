@@ -7,6 +7,9 @@ from analysis.records import Record, item_groups
 from analysis.stats import Bootstrap
 
 
+CHANCE = {"mmlu": 25}  # percent, by guessing
+
+
 def scope(records: Sequence[Record], task: str) -> str:
     """For the title: scale, models, where the training data came from, number of test items."""
     sources = _distinct((record.raw.get("data") or {}).get("source") for record in records)
@@ -28,7 +31,7 @@ def protocol(records: Sequence[Record], task: str) -> list[str]:
             sizes.append(f"{groups.nunique()} subjects")
         notes.append(
             f"{task}: {about['num_fewshot']}-shot {about['metric']}, task version {about['version']}; "
-            f"{', '.join(sizes)}."
+            f"{', '.join(sizes)}." + (f" Guessing scores {CHANCE[task]}%." if task in CHANCE else "")
         )
     asked = _amounts([record.raw["budget"]["asked"] for record in records])
     spent = _amounts([record.raw["budget"].get("spent") or {} for record in done])

@@ -3,6 +3,13 @@
 from pathlib import Path
 
 import pytest
+import torch
+
+torch.set_num_threads(1)  # the tests' models are tiny: a second thread only waits
+
+
+def pytest_addoption(parser):
+    parser.addoption("--exact", action="store_true", help="ask test_exactness.py's full set of questions")
 
 
 @pytest.fixture(scope="session")

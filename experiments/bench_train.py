@@ -60,7 +60,7 @@ def main() -> None:
     for _ in range(ROUNDS):
         for side in SIDES:
             done = subprocess.run(
-                [sys.executable, "-m", "tests.bench_train", side], capture_output=True, text=True, check=True
+                [sys.executable, "-m", "experiments.bench_train", side], capture_output=True, text=True, check=True
             )
             runs[side].append(json.loads(done.stdout.splitlines()[-1]))
             print(side, runs[side][-1], flush=True)

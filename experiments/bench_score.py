@@ -1,0 +1,130 @@
+"""Speed of scoring at seven ranks against stock lm-eval:  make bench-score
+
+Both sides answer the same real prompts with the same 4-bit SmolLM2-135M and the same adapter: stock lm-eval on stock
+PEFT one rank after the other, at the best of several batch sizes; ours all at once. Needs the release files in
+../shared/data, or in the folder named as argument. Writes outputs/bench/score.json.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from eval.benchmarks import Settings, Task, load
+from eval.dequantize import dequantized
+from experiments.against_stock import R_MAX, Subject, max_abs_dlogp, only, outcomes, outcomes_of_all_ranks
+from experiments.cell import environment, note, write_json
+from experiments.cli import quiet
+from qdylora import compute_dtype
+
+RANKS = [1, 2, 4, 8, 16, 32, 64]
+MMLU_SUBJECTS = ["mmlu_astronomy", "mmlu_marketing"]
+BATCH_SIZES = {"mmlu": (1, 4, 16), "gsm8k": (8, 16), "triviaqa": (8, 40)}
+TRIAL = 8  # documents of each part on which a batch size is tried
+
+
+def tasks(root: Path) -> dict[str, Task]:
+    """The prompts, all five-shot: 40 questions in each of two MMLU subjects, 16 of GSM8K, 40 of TriviaQA."""
+    return {
+        "mmlu": only(load("mmlu", "test", Settings(5, root, limit=40 * 57)), MMLU_SUBJECTS),
+        "gsm8k": load("gsm8k", "test", Settings(5, root, limit=16)),
+        "triviaqa": load("triviaqa", "test", Settings(5, root, limit=40)),
+    }
+
+
+def seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+@contextmanager
+def ours(subject: Subject, folder: Path, ranks: list[int]) -> Iterator[Callable[[Task], dict]]:
+    """Outcomes of a task at `ranks`, each call computed afresh."""
+    model = subject.any_rank(folder)
+    with dequantized(model):
+        lm = subject.ours(model, ranks)
+
+        def answers(task: Task) -> dict[int, dict]:
+            lm.forget()
+            return outcomes_of_all_ranks(lm, task)
+
+        yield answers
+
+
+def stock_seconds(subject: Subject, folder: Path, name: str, task: Task) -> dict:
+    """Seconds of stock lm-eval at each rank, at the batch size that is fastest on a few documents."""
+    lms = {size: subject.stock(folder, RANKS[3], size) for size in BATCH_SIZES[name]}
+    trial = {size: seconds(lambda lm=lm: outcomes(lm, task, TRIAL)) for size, lm in lms.items()}
+    del lms
+    best = min(trial, key=trial.get)
+    spent = {}
+    for rank in RANKS:
+        lm = subject.stock(folder, rank, best)
+        spent[rank] = seconds(lambda lm=lm: outcomes(lm, task))
+        note(f"{name}: stock lm-eval at rank {rank}, batch size {best}: {spent[rank]:.0f} s")
+    return {"batch_size": best, "seconds": spent}
+
+
+def matmul_rate(dtype: torch.dtype) -> float:
+    """FLOP/s of a product of large matrices on this machine."""
+    a, b = torch.randn(2048, 2048, dtype=dtype), torch.randn(2048, 2048, dtype=dtype)
+    return 2 * 2048**3 / min(seconds(lambda: a @ b) for _ in range(10))
+
+
+def exactness(root: Path, folder: Path) -> float:
+    """Largest difference in log-likelihood from stock lm-eval in float32, at ranks 1, 8, 64."""
+    subject, ranks = Subject(dtype=torch.float32), [1, 8, R_MAX]
+    task = only(load("mmlu", "test", Settings(5, root, limit=4 * 57)), MMLU_SUBJECTS)
+    with ours(subject, folder, ranks) as answers:
+        got = answers(task)
+    return max(max_abs_dlogp(got[rank], outcomes(subject.stock(folder, rank, 4), task)) for rank in ranks)
+
+
+def main(root: Path) -> None:
+    quiet()
+    dtype = compute_dtype()
+    subject, prompts = Subject(dtype=dtype), tasks(root)
+    result: dict = {"setting": {"model": "smollm2-135m", "bits": 4, "dtype": str(dtype), "ranks": RANKS}}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        result["max_abs_dlogp"] = exactness(root, folder)
+        spent, flops = {}, 0
+        with ours(subject, folder, RANKS) as answers:
+            for task_name, task in prompts.items():
+                spent[task_name] = seconds(lambda task=task: answers(task))
+                note(f"{task_name}: ours at {len(RANKS)} ranks: {spent[task_name]:.0f} s")
+            with FlopCounterMode(display=False) as counter:
+                answers(prompts["mmlu"])
+            flops = counter.get_total_flops()
+        growth = {}
+        for ranks in ([R_MAX], RANKS, list(range(1, R_MAX + 1))):
+            with ours(subject, folder, ranks) as answers:
+                growth[len(ranks)] = seconds(lambda answers=answers: answers(prompts["mmlu"]))
+        result["matmul_share"] = flops / spent["mmlu"] / matmul_rate(dtype)
+        result["growth"] = {
+            "seconds": growth,
+            "7_to_1": growth[7] / growth[1],
+            "64_to_7": growth[R_MAX] / growth[7],
+        }
+        for task_name, task in prompts.items():
+            stock = stock_seconds(subject, folder, task_name, task)
+            result[f"{task_name}_speedup"] = sum(stock["seconds"].values()) / spent[task_name]
+            result[task_name] = {
+                "documents": sum(len(part.eval_docs) for part in task.loaded["tasks"].values()),
+                "ours_seconds": spent[task_name],
+                "stock": stock,
+            }
+    write_json(Path("outputs/bench/score.json"), result | {"machine": environment()["machine"]})
+    print({k: round(v, 6) for k, v in result.items() if isinstance(v, float)}, result["growth"])
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "../shared/data"))
