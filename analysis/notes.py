@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from analysis.records import Record, item_groups
 from analysis.stats import Bootstrap
 
-
 CHANCE = {"mmlu": 25}  # percent, by guessing
 
 

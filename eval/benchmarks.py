@@ -18,6 +18,7 @@ from lm_eval.config.group import GroupConfig
 from rouge_score.rouge_scorer import RougeScorer
 
 from eval import releases
+from eval.hub import fetched
 
 LM_EVAL_TASKS = Path(lm_eval.__file__).parent / "tasks"
 OUR_TASKS = Path(__file__).parent / "tasks"
@@ -79,7 +80,8 @@ def rows(name: str, split: str, root: Path | None) -> list[dict]:
     path = yaml.safe_load(benchmark.yaml.read_text())["dataset_path"]
     carved = split not in benchmark.hub_splits or (name in releases.CARVED and split == "train")
     hub_split = benchmark.hub_splits["train" if carved else split]
-    found = datasets.load_dataset(path, benchmark.hub_name, split=hub_split).to_list()
+    with fetched(path):
+        found = datasets.load_dataset(path, benchmark.hub_name, split=hub_split).to_list()
     return releases.carve(found)[split == "validation"] if carved else found
 
 

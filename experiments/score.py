@@ -20,8 +20,8 @@ from experiments.cli import command, quiet
 from experiments.config import Config, ConfigError
 from experiments.examples import prepare, release_folder
 from experiments.monitor import sequences
-from experiments.train import base_id, base_model
-from qdylora import load_adapter, load_tokenizer
+from experiments.train import base_model, base_tokenizer
+from qdylora import load_adapter
 
 SPLITS = ("validation", "test")
 
@@ -31,7 +31,7 @@ def score(cell: Cell) -> dict:
     if not cell.adapter.is_dir():
         raise ConfigError(f"{cell.name} has no trained adapter in {cell.adapter}; run experiments.train first")
     c = cell.config
-    tokenizer = load_tokenizer(**base_id(cell))
+    tokenizer = base_tokenizer(cell)
     model = load_adapter(base_model(cell), cell.adapter)
     held_out = sequences(prepare(c, tokenizer).held_out)
     engine = AllRanks(model, c.ranks.eval, c.tasks.tokens_per_batch)

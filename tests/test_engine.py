@@ -14,7 +14,7 @@ from eval import engine as engine_module
 from eval.dequantize import dequantized
 from eval.engine import AllRanks
 from eval.lm import RankedLM
-from eval.plan import batches, group_by_trunk, lay_out
+from eval.plan import BRANCHES, batches, divide, group_by_trunk, lay_out
 from qdylora import at_rank, gate_of, set_rank
 from qdylora.base import byte_tokenizer
 
@@ -83,6 +83,18 @@ def test_random_prompts_with_random_shared_prefixes(model, trunks, requests, bud
             want, want_greedy = slow_loglikelihood(model, *pair)
             assert logps[i, k] == pytest.approx(want, abs=2e-5)
             assert greedy[i, k] == want_greedy
+
+
+def test_long_continuations_of_one_context(model):
+    """They go into rows of their own, also behind a context of one token."""
+    rng = random.Random(0)
+    pairs = [
+        (context, [rng.randrange(2, 258) for _ in range(n)]) for context in ([5], [6, 7, 8]) for n in (90, 3, 50, 1)
+    ]
+    logps, _ = engine(model).loglikelihood(pairs)
+    set_rank(model, RANKS[-1])
+    want = [slow_loglikelihood(model, *pair)[0] for pair in pairs]
+    assert logps[:, -1] == pytest.approx(want, abs=5e-4)
 
 
 @pytest.mark.parametrize("budget", [64, 8192])
@@ -236,6 +248,14 @@ def test_a_row_shares_its_context_between_continuations():
     assert row.tokens == (3, 4, 8, 5, 4)
     assert row.positions == (2, 3, 4, 4, 5)
     assert row.reads == ((1,), (1, 2), (1, 2), (1, 3, 4))
+
+
+def test_rows_take_continuations_up_to_their_limit():
+    one, long = (1,), (1,) * BRANCHES
+    assert divide(5, [one] * 100) == [list(range(100))]  # a single token needs no branch
+    assert divide(5, [long, long, one, long]) == [[0], [1, 2], [3]]
+    assert divide(2 * BRANCHES, [long, long, one, long]) == [[0, 1, 2], [3]]
+    assert divide(1, [(1,) * 999]) == [[0]]
 
 
 @given(st.lists(st.integers(1, 50), max_size=40), st.integers(1, 7), st.integers(1, 400))
