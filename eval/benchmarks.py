@@ -57,6 +57,7 @@ BENCHMARKS = {
         OUR_TASKS / "webglm.yaml", "bleu", "none", {"train": "train", "validation": "validation", "test": "test"}
     ),
 }
+FEWSHOT_SEED = 1234  # lm-eval's default
 FEWSHOT_SPLIT = {"mmlu": "dev", "gsm8k": "train", "triviaqa": "train", "webglm": "train"}
 
 
@@ -87,13 +88,20 @@ def rows(name: str, split: str, root: Path | None) -> list[dict]:
 
 @dataclass(frozen=True)
 class Task:
-    """A benchmark's split, ready for lm-eval: `loaded` is what `evaluate` takes."""
+    """A benchmark's split for lm-eval. `loaded`: its parts (MMLU: subjects) and their groups."""
 
     name: str
     split: str
     loaded: dict
     version: str
     sha256: str
+
+    def ready(self) -> dict:
+        """What lm-eval's `evaluate` takes. Few-shot examples are drawn while requests are built, and the draw
+        goes on from one time to the next: it starts anew here, so that every rank is asked the same."""
+        for part in self.loaded["tasks"].values():
+            part.set_fewshot_seed(FEWSHOT_SEED)
+        return self.loaded
 
     def facts(self) -> dict:
         """What a record says of the task beside its scores."""
@@ -130,6 +138,7 @@ def load(name: str, split: str, settings: Settings) -> Task:
 def _task(config: dict, docs: list[dict], shots: list[dict]) -> ConfigurableTask:
     data = {"test": datasets.Dataset.from_list(docs)}
     if shots:
+        config |= {"fewshot_split": config.get("fewshot_split") or config["training_split"]}
         data[config["fewshot_split"]] = datasets.Dataset.from_list(shots)
     return ConfigurableTask(config=config | {"custom_dataset": lambda **_: datasets.DatasetDict(data)})
 

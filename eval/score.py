@@ -32,7 +32,7 @@ def score(lm: RankedLM, task: Task, items_file: Path) -> dict:
     for rank in lm.engine.ranks:
         # One bootstrap iteration: closed-form standard errors are still computed, others are of no use here.
         with _without_lm_eval_progress():
-            result = lm_eval.evaluate(lm.view(rank), task.loaded, bootstrap_iters=1, log_samples=True)
+            result = lm_eval.evaluate(lm.view(rank), task.ready(), bootstrap_iters=1, log_samples=True)
         ranks[str(rank)] = _metrics(result, task, benchmark)
         for name, samples in result["samples"].items():
             for sample in samples:
@@ -50,7 +50,7 @@ def answer(lm: RankedLM, tasks: Sequence[Task]) -> None:
     """Compute what `score` will ask for `tasks` in one go: few-shot examples they share are then computed once."""
     requests: dict[str, list] = {}
     for task in tasks:
-        for part in task.loaded["tasks"].values():
+        for part in task.ready()["tasks"].values():
             with _without_lm_eval_progress():
                 part.build_all_requests()
             for instance in part.instances:

@@ -2,6 +2,7 @@
 
 import random
 
+import lm_eval
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,10 +12,13 @@ from lm_eval.models.huggingface import HFLM
 from tiny import CONFIGS, adapted
 
 from eval import engine as engine_module
+from eval.benchmarks import Settings, load
 from eval.dequantize import dequantized
 from eval.engine import AllRanks
 from eval.lm import RankedLM
 from eval.plan import BRANCHES, batches, divide, group_by_trunk, lay_out
+from eval.score import answer
+from experiments.data.sources import release_root
 from qdylora import at_rank, gate_of, set_rank
 from qdylora.base import byte_tokenizer
 
@@ -272,3 +276,15 @@ def test_answers_are_remembered_by_all_they_depend_on(model):
     long = instance("generate_until", "A", {"until": [], "max_gen_toks": 6})
     (one,), (six,) = ranked.view(1).generate_until([short]), ranked.view(1).generate_until([long])
     assert six.startswith(one) and len(six) > len(one)
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "triviaqa"])
+def test_what_is_answered_in_one_go_is_what_every_rank_is_asked(model, generated_root, name):
+    """lm-eval draws few-shot examples anew whenever it builds requests."""
+    task = load(name, "test", Settings(num_fewshot=3, root=release_root("generated", generated_root, 0), limit=2))
+    ranked = RankedLM(engine(model), byte_tokenizer())
+    answer(ranked, [task])
+    known = dict(ranked._answers)
+    for b in RANKS:
+        lm_eval.evaluate(ranked.view(b), task.ready(), bootstrap_iters=1)
+    assert ranked._answers == known and len(known) == 2
