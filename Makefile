@@ -47,7 +47,7 @@ bench-train: setup  ## time and memory of a training step against stock PEFT QLo
 	$(PYTHON) -m experiments.bench_train
 
 bench-score: setup  ## time of scoring at seven ranks against stock lm-eval
-	$(PYTHON) -m experiments.bench_score
+	MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296 $(PYTHON) -m experiments.bench_score
 
 prefetch: setup  ## download what a table needs, for machines without internet (SCALE, ARGS)
 	$(PYTHON) -m experiments.prefetch scale=$(SCALE) $(ARGS)

@@ -101,8 +101,9 @@ def test_long_continuations_of_one_context(model):
     assert logps[:, -1] == pytest.approx(want, abs=5e-4)
 
 
-@pytest.mark.parametrize("budget", [64, 8192])
-def test_generation_token_for_token(model, budget):
+@pytest.mark.parametrize(("budget", "memory"), [(64, 0), (64, 2**20), (8192, 2**40)])
+def test_generation_token_for_token(model, budget, memory, monkeypatch):
+    monkeypatch.setattr(engine_module, "free_memory", lambda device: memory)  # one row at a time, a few, or all
     rng = random.Random(0)
     trunk = [rng.randrange(2, 258) for _ in range(120)]
     prompts = [trunk + [rng.randrange(2, 258) for _ in range(rng.randint(1, 30))] for _ in range(5)]
