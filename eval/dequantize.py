@@ -23,8 +23,6 @@ def dequantized(model: nn.Module, when: str = "auto") -> Iterator[bool]:
     layers = {n: m for n, m in lora_layers(model).items() if isinstance(m.get_base_layer(), bnb.nn.Linear4bit)}
     fits = 2 * _needed(layers) <= free_memory(next(model.parameters()).device)
     do = bool(layers) and (when == "always" or (when == "auto" and fits))
-        when == "always" or (when == "auto" and 2 * _needed(layers) <= free_memory(next(model.parameters()).device))
-    )
     packed = {}
     try:
         if do:
