@@ -92,6 +92,16 @@ def exactness(root: Path, folder: Path) -> float:
     return max(max_abs_dlogp(got[rank], outcomes(subject.stock(folder, rank, 4), task)) for rank in ranks)
 
 
+def growth(subject: Subject, folder: Path, task: Task) -> dict[str, float]:
+    """Seconds of ours at one rank, at the seven and at all, and their ratios."""
+    spent = []
+    for ranks in ([R_MAX], RANKS, list(range(1, R_MAX + 1))):
+        with ours(subject, folder, ranks) as answers:
+            spent.append(seconds(lambda answers=answers: answers(task)))
+    one, seven, every = spent
+    return {"seconds": spent, "7_to_1": seven / one, "64_to_7": every / seven}
+
+
 def main(root: Path) -> None:
     quiet()
     dtype = compute_dtype()
@@ -108,16 +118,8 @@ def main(root: Path) -> None:
             with FlopCounterMode(display=False) as counter:
                 answers(prompts["mmlu"])
             flops = counter.get_total_flops()
-        growth, task = {}, mmlu(root, 8)
-        for ranks in ([R_MAX], RANKS, list(range(1, R_MAX + 1))):
-            with ours(subject, folder, ranks) as answers:
-                growth[len(ranks)] = seconds(lambda answers=answers: answers(task))
         result["matmul_share"] = flops / spent["mmlu"] / matmul_rate(dtype)
-        result["growth"] = {
-            "seconds": growth,
-            "7_to_1": growth[7] / growth[1],
-            "64_to_7": growth[R_MAX] / growth[7],
-        }
+        result["growth"] = growth(subject, folder, mmlu(root, 8))
         for task_name, task in prompts.items():
             stock = stock_seconds(subject, folder, task_name, task)
             result[f"{task_name}_speedup"] = sum(stock["seconds"].values()) / spent[task_name]
