@@ -57,18 +57,22 @@ BENCHMARKS = {
         OUR_TASKS / "webglm.yaml", "bleu", "none", {"train": "train", "validation": "validation", "test": "test"}
     ),
 }
+FEWSHOT = ("first", "random")
 FEWSHOT_SEED = 1234  # lm-eval's default
 FEWSHOT_SPLIT = {"mmlu": "dev", "gsm8k": "train", "triviaqa": "train", "webglm": "train"}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a benchmark is asked. root: folder of release files, or None for the hub. limit: items per split, chosen by
-    their hash and spread over subjects, or None for all. references, keep_citations: WebGLM only."""
+    """How a benchmark is asked. fewshot: `first`, the first examples of the split for every question, which are then
+    computed once; or `random`, drawn for every question, lm-eval's default but for MMLU. root: folder of release
+    files, or None for the hub. limit: items per split, chosen by their hash and spread over subjects, or None for
+    all. references, keep_citations: WebGLM only."""
 
     num_fewshot: int
     root: Path | None = None
     limit: int | None = None
+    fewshot: str = "first"
     references: bool = True
     keep_citations: bool = True
 
@@ -127,6 +131,8 @@ def load(name: str, split: str, settings: Settings) -> Task:
     else:
         if name == "webglm":
             config |= _webglm(settings)
+        if settings.fewshot == "first":
+            config |= {"fewshot_config": {"sampler": "first_n"}}
         tasks, groups = [_task(config, _limited(docs, settings.limit), shots)], {}
     by_name = {task.task_name: task for task in tasks}
     checksum = hashlib.sha256(json.dumps([[list(task.eval_docs) for task in tasks], shots]).encode()).hexdigest()

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from eval.decode import Decoding
 from eval.memory import free_memory, kv_bytes
-from eval.plan import Row, Tokens, batches, divide, group_by_trunk, lay_out
+from eval.plan import Row, Tokens, batches, divide, group_by_trunk, join, lay_out, pack
 from eval.prefix import PrefixCache, causal, forward, shared_prefix_attention
 from qdylora import gate_of
 
@@ -98,12 +98,15 @@ class AllRanks:
             for context, requests in members
             for part in divide(len(context) - len(trunk), [tuple(pairs[j][1]) for j in requests])
         ]
-        rows = [lay_out(c, len(trunk), [tuple(pairs[j][1]) for j in requests]) for c, requests in members]
+        single = [lay_out(c, len(trunk), [tuple(pairs[j][1]) for j in requests]) for c, requests in members]
+        packs = pack([len(row.tokens) for row in single])
+        rows = [join([single[k] for k in together]) for together in packs]
+        requests_of = [[j for k in together for j in members[k][1]] for together in packs]
         results = []
         for block in self._rank_blocks(len(trunk)):
             cache = self._trunk(trunk, block)
             for batch in batches([len(row.tokens) for row in rows], len(block), self.budget):
-                requests = [j for k in batch for j in members[k][1]]
+                requests = [j for k in batch for j in requests_of[k]]
                 targets = [tuple(pairs[j][1]) for j in requests]
                 scored = self._score_rows(cache, [rows[k] for k in batch], targets, block)
                 results.append((*scored, np.ix_(requests, block)))
@@ -223,7 +226,7 @@ def _padded(rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     for i, row in enumerate(rows):
         ids[i, : len(row.tokens)] = torch.tensor(row.tokens)
         positions[i, : len(row.tokens)] = torch.tensor(row.positions)
-        for start, end, context in row.sees():
-            mask[i, 0, start:end, :context] = True
+        for start, end, context_start, context_end in row.blocks:
+            mask[i, 0, start:end, context_start:context_end] = True
             mask[i, 0, start:end, start:end] = torch.ones(end - start, end - start, dtype=torch.bool).tril()
     return ids, positions, mask

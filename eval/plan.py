@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 Tokens = tuple[int, ...]
 
@@ -67,24 +69,19 @@ def _pays(contexts: Sequence[Tokens], branch: list[int], depth: int) -> bool:
 
 @dataclass(frozen=True)
 class Row:
-    """One context behind a trunk and the continuations to score after it, as a small token tree.
+    """Contexts behind a trunk, and the continuations to score after each, as small token trees side by side.
 
-    tokens: the context's own tokens, then one branch for each continuation of two tokens or more (its last
-        token is only read, never fed).
-    positions: of each token in its sequence. context: how many of the tokens are the context's own.
-    branches: (start, end) of each branch among the tokens.
+    tokens: a context's own tokens, then one branch for each continuation of two tokens or more (its last
+        token is only read, never fed); then the next context's.
+    positions: of each token in its sequence.
+    blocks: (start, end, context start, context end); tokens start..end see each other causally and that context.
     reads: for each continuation, the indices of the tokens whose next-token distribution scores it.
     """
 
     tokens: Tokens
     positions: Tokens
-    context: int
-    branches: tuple[tuple[int, int], ...]
+    blocks: tuple[tuple[int, int, int, int], ...]
     reads: tuple[Tokens, ...]
-
-    def sees(self) -> list[tuple[int, int, int]]:
-        """(start, end, context) triples: tokens start..end see each other causally and the first `context`."""
-        return [(0, self.context, 0), *((start, end, self.context) for start, end in self.branches)]
 
 
 def divide(own: int, continuations: Sequence[Tokens]) -> list[list[int]]:
@@ -104,7 +101,7 @@ def divide(own: int, continuations: Sequence[Tokens]) -> list[list[int]]:
 
 
 def lay_out(context: Tokens, trunk: int, continuations: Sequence[Tokens]) -> Row:
-    """The row of a context whose first `trunk` tokens are computed elsewhere."""
+    """The row of one context whose first `trunk` tokens are computed elsewhere."""
     tokens, positions = list(context[trunk:]), list(range(trunk, len(context)))
     own = len(tokens)
     branch_of: dict[Tokens, tuple[int, int]] = {}
@@ -114,7 +111,38 @@ def lay_out(context: Tokens, trunk: int, continuations: Sequence[Tokens]) -> Row
             tokens += fed
             positions += range(len(context), len(context) + len(fed))
     reads = tuple((own - 1, *range(*branch_of.get(c[:-1], (0, 0)))) for c in continuations)
-    return Row(tuple(tokens), tuple(positions), own, tuple(branch_of.values()), reads)
+    blocks = ((0, own, 0, 0), *((start, end, 0, own) for start, end in branch_of.values()))
+    return Row(tuple(tokens), tuple(positions), blocks, reads)
+
+
+def pack(lengths: Sequence[int]) -> list[list[int]]:
+    """Indices of the rows to join, so that all are about as long as the longest and padding is little: each of the
+    longer ones takes the shortest that still fit beside it."""
+    waiting = deque(sorted(range(len(lengths)), key=lambda i: lengths[i]))
+    width = lengths[waiting[-1]] if waiting else 0
+    packed = []
+    while waiting:
+        packed.append([waiting.pop()])
+        room = width - lengths[packed[-1][0]]
+        while waiting and lengths[waiting[0]] <= room:
+            packed[-1].append(waiting.popleft())
+            room -= lengths[packed[-1][-1]]
+    return packed
+
+
+def join(rows: Sequence[Row]) -> Row:
+    """Rows behind the same trunk as one."""
+    starts = list(accumulate((len(row.tokens) for row in rows), initial=0))
+    return Row(
+        tuple(t for row in rows for t in row.tokens),
+        tuple(p for row in rows for p in row.positions),
+        tuple(
+            tuple(edge + start for edge in block)
+            for row, start in zip(rows, starts, strict=False)
+            for block in row.blocks
+        ),
+        tuple(tuple(i + start for i in read) for row, start in zip(rows, starts, strict=False) for read in row.reads),
+    )
 
 
 def batches(lengths: Sequence[int], rows_each: int, budget: int) -> list[list[int]]:

@@ -25,16 +25,16 @@ from experiments.cli import quiet
 from qdylora import compute_dtype
 
 RANKS = [1, 2, 4, 8, 16, 32, 64]
-MMLU_SUBJECTS = ["mmlu_astronomy", "mmlu_marketing"]
-BATCH_SIZES = {"mmlu": (1, 4, 16), "gsm8k": (8,), "triviaqa": (8, 40)}
-TRIAL = 8  # documents of each part on which a batch size is tried
+MMLU_SUBJECTS = ["mmlu_machine_learning", "mmlu_professional_accounting"]  # of about the average length
+BATCH_SIZES = {"mmlu": (1, 4, 16), "gsm8k": (16, 32), "triviaqa": (8, 40)}
+TRIAL = {"mmlu": 8, "gsm8k": 32, "triviaqa": 40}  # documents of each part on which a batch size is tried
 
 
 def tasks(root: Path) -> dict[str, Task]:
-    """The prompts, all five-shot: 30 questions in each of two MMLU subjects, 8 of GSM8K, 40 of TriviaQA."""
+    """The prompts, all five-shot: 50 questions in each of two MMLU subjects, 32 of GSM8K, 40 of TriviaQA."""
     return {
-        "mmlu": mmlu(root, 30),
-        "gsm8k": load("gsm8k", "test", Settings(5, root, limit=8)),
+        "mmlu": mmlu(root, 50),
+        "gsm8k": load("gsm8k", "test", Settings(5, root, limit=32)),
         "triviaqa": load("triviaqa", "test", Settings(5, root, limit=40)),
     }
 
@@ -66,7 +66,7 @@ def ours(subject: Subject, folder: Path, ranks: list[int]) -> Iterator[Callable[
 def stock_seconds(subject: Subject, folder: Path, name: str, task: Task) -> dict:
     """Seconds of stock lm-eval at each rank, at the batch size that is fastest on a few documents."""
     lms = {size: subject.stock(folder, RANKS[3], size) for size in BATCH_SIZES[name]}
-    trial = {size: seconds(lambda lm=lm: outcomes(lm, task, TRIAL)) for size, lm in lms.items()}
+    trial = {size: seconds(lambda lm=lm: outcomes(lm, task, TRIAL[name])) for size, lm in lms.items()}
     del lms
     best = min(trial, key=trial.get)
     spent = {}

@@ -10,7 +10,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from eval.benchmarks import BENCHMARKS
+from eval.benchmarks import BENCHMARKS, FEWSHOT
 from experiments.data.formats import FORMATS
 from experiments.data.sources import SOURCES
 from qdylora.base import BITS
@@ -119,6 +119,7 @@ class Limit:
 class Tasks:
     benchmarks: list[str] = field(default_factory=list)
     num_fewshot: dict[str, int] = field(default_factory=lambda: {"mmlu": 5, "gsm8k": 5, "triviaqa": 0, "webglm": 0})
+    fewshot: str = "first"
     limit: Limit = field(default_factory=Limit)
     webglm_references: bool = True
     webglm_citations: bool = True
@@ -204,6 +205,7 @@ def validate(c: Config) -> None:
         "optim.schedule": (c.optim.schedule, ("constant", "linear", "cosine")),
         "optim.compute_dtype": (c.optim.compute_dtype, ("auto", "float32", "bfloat16", "float16")),
         "optim.adapter_dtype": (c.optim.adapter_dtype, ("float32", "bfloat16")),
+        "tasks.fewshot": (c.tasks.fewshot, FEWSHOT),
         "tasks.dequantize": (c.tasks.dequantize, ("auto", "always", "never")),
         "tracker.wandb": (c.tracker.wandb, ("offline", "online", "off")),
         **{f"tasks.benchmarks[{i}]": (name, BENCHMARKS) for i, name in enumerate(c.tasks.benchmarks)},

@@ -60,6 +60,7 @@ def _benchmark(cell: Cell, name: str, engine: AllRanks, tokenizer) -> dict:
             num_fewshot=c.tasks.num_fewshot[name],
             root=release_folder(c),
             limit=getattr(c.tasks.limit, split),
+            fewshot=c.tasks.fewshot,
             references=c.tasks.webglm_references,
             keep_citations=c.tasks.webglm_citations,
         )
@@ -74,7 +75,8 @@ def _benchmark(cell: Cell, name: str, engine: AllRanks, tokenizer) -> dict:
         return now
 
     splits = {split: _part(cell, f"{name}-{split}", compute(split)) for split in SPLITS}
-    return tasks["test"].facts() | {"num_fewshot": c.tasks.num_fewshot[name], "splits": splits}
+    few_shot = {"num_fewshot": c.tasks.num_fewshot[name], "fewshot": c.tasks.fewshot}
+    return tasks["test"].facts() | few_shot | {"splits": splits}
 
 
 def _part(cell: Cell, name: str, compute: Callable[[Path], dict]) -> dict:

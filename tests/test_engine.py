@@ -16,7 +16,7 @@ from eval.benchmarks import Settings, load
 from eval.dequantize import dequantized
 from eval.engine import AllRanks
 from eval.lm import RankedLM
-from eval.plan import BRANCHES, batches, divide, group_by_trunk, lay_out
+from eval.plan import BRANCHES, batches, divide, group_by_trunk, join, lay_out, pack
 from eval.score import answer
 from experiments.data.sources import release_root
 from qdylora import at_rank, gate_of, set_rank
@@ -255,6 +255,24 @@ def test_a_row_shares_its_context_between_continuations():
     assert row.reads == ((1,), (1, 2), (1, 2), (1, 3, 4))
 
 
+def test_rows_side_by_side_do_not_see_one_another():
+    rows = [lay_out((1, 2, 3), 1, [(8, 7)]), lay_out((1, 4), 1, [(9,)])]
+    row = join(rows)
+    assert row.tokens == (2, 3, 8, 4) and row.positions == (1, 2, 3, 1)
+    assert row.blocks == ((0, 2, 0, 0), (2, 3, 0, 2), (3, 4, 3, 3))
+    assert row.reads == ((1, 2), (3,))
+
+
+@given(st.lists(st.integers(1, 300), max_size=60))
+def test_packed_rows_are_no_longer_than_the_longest(lengths):
+    packed = pack(lengths)
+    assert sorted(i for together in packed for i in together) == list(range(len(lengths)))
+    sizes = [sum(lengths[i] for i in together) for together in packed]
+    assert all(size <= max(lengths) for size in sizes)
+    # If not, the shortest of the last would have gone beside one of the others.
+    assert all(size + lengths[packed[-1][-1]] > max(lengths) for size in sizes[:-1])
+
+
 def test_rows_take_continuations_up_to_their_limit():
     one, long = (1,), (1,) * BRANCHES
     assert divide(5, [one] * 100) == [list(range(100))]  # a single token needs no branch
@@ -282,10 +300,21 @@ def test_answers_are_remembered_by_all_they_depend_on(model):
 @pytest.mark.parametrize("name", ["gsm8k", "triviaqa"])
 def test_what_is_answered_in_one_go_is_what_every_rank_is_asked(model, generated_root, name):
     """lm-eval draws few-shot examples anew whenever it builds requests."""
-    task = load(name, "test", Settings(num_fewshot=3, root=release_root("generated", generated_root, 0), limit=2))
+    root = release_root("generated", generated_root, 0)
+    task = load(name, "test", Settings(3, root, limit=2, fewshot="random"))
     ranked = RankedLM(engine(model), byte_tokenizer())
     answer(ranked, [task])
     known = dict(ranked._answers)
     for b in RANKS:
         lm_eval.evaluate(ranked.view(b), task.ready(), bootstrap_iters=1)
     assert ranked._answers == known and len(known) == 2
+
+
+def test_the_first_examples_are_the_same_for_every_question(generated_root):
+    root = release_root("generated", generated_root, 0)
+    prompts = {}
+    for how in ("first", "random"):
+        (part,) = load("gsm8k", "test", Settings(2, root, limit=5, fewshot=how)).ready()["tasks"].values()
+        part.build_all_requests()
+        prompts[how] = {instance.args[0].rsplit("Question:", 1)[0] for instance in part.instances}
+    assert len(prompts["first"]) == 1 and len(prompts["random"]) == 5
