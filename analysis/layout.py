@@ -129,13 +129,19 @@ def to_csv(table: Table) -> str:
     return stream.getvalue()
 
 
+def repeated(labels: Sequence[str], above: Sequence[str]) -> int:
+    """How many labels, from the left, are those of the row above; the last one never counts."""
+    same = 0
+    while same < len(labels) - 1 and labels[: same + 1] == above[: same + 1]:
+        same += 1
+    return same
+
+
 def _texts(rows: Sequence[Row]) -> list[list[str]]:
     """Rows as texts; a label is dropped where it and all to its left repeat the row above."""
     lines, above = [], ()
     for row in rows:
-        same = 0
-        while same < len(row.labels) - 1 and row.labels[: same + 1] == above[: same + 1]:
-            same += 1
+        same = repeated(row.labels, above)
         lines.append([*[""] * same, *row.labels[same:], *map(str, row.cells)])
         above = row.labels
     return lines

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from analysis.records import Record, item_groups
 from analysis.stats import Bootstrap
 
-
 CHANCE = {"mmlu": 25}  # percent, by guessing
 
 
@@ -33,8 +32,8 @@ def protocol(records: Sequence[Record], task: str) -> list[str]:
             f"{task}: {about['num_fewshot']}-shot {about['metric']}, task version {about['version']}; "
             f"{', '.join(sizes)}." + (f" Guessing scores {CHANCE[task]}%." if task in CHANCE else "")
         )
-    asked = _amounts([record.raw["budget"]["asked"] for record in records])
-    spent = _amounts([record.raw["budget"].get("spent") or {} for record in done])
+    asked = amounts([record.raw["budget"]["asked"] for record in records])
+    spent = amounts([record.raw["budget"].get("spent") or {} for record in done])
     notes.append(f"Budget of every cell: {asked}" + (f"; spent: {spent}." if spent else "."))
     seeds = Counter((r.cell["model"], r.cell["data"], r.cell["method"]) for r in done).values()
     if seeds:
@@ -59,7 +58,7 @@ def reading(how: Bootstrap) -> list[str]:
     ]
 
 
-def _amounts(amounts: Sequence[dict]) -> str:
+def amounts(amounts: Sequence[dict]) -> str:
     """[{steps: 40, tokens: 10}, {steps: 40, tokens: 12}] -> `40 steps, 10 to 12 tokens`."""
     parts = []
     for unit in ("steps", "examples", "tokens"):

@@ -61,7 +61,7 @@ def load(folder: str | Path) -> list[Record]:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder of records at {folder}")
-    records = [_read(path) for path in sorted(folder.glob("*/record.json"))]
+    records = [_read(cell / "record.json") for cell in cells(folder) if (cell / "record.json").exists()]
     seen: dict[str, Record] = {}
     for record in records:
         if record.name in seen:
@@ -70,6 +70,31 @@ def load(folder: str | Path) -> list[Record]:
             )
         seen[record.name] = record
     return sorted(records, key=lambda record: record.name)
+
+
+def tables(folder: Path) -> list[Path]:
+    """The folders of tables in a scale's folder: those that hold cells. FileNotFoundError if there is no folder."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder of records at {folder}")
+    return sorted(table for table in folder.iterdir() if table.is_dir() and cells(table))
+
+
+def cells(table: Path) -> list[Path]:
+    """The folders of a table's cells, begun or ended; not those put aside when their configuration changed."""
+    marks = {file.parent for name in ("record.json", "config.json") for file in table.glob(f"*/{name}")}
+    return sorted(cell for cell in marks if "~" not in cell.name)
+
+
+def log(cell: Path) -> list[dict]:
+    """The lines of a cell's training log, one a step; none if there is no log. A line half written is the last."""
+    file = cell / "log.jsonl"
+    lines: list[dict] = []
+    for text in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
 
 
 def _read(path: Path) -> Record:
