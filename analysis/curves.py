@@ -16,8 +16,8 @@ METRICS = {"acc": "accuracy, %", "exact_match": "exact match, %", "bleu": "BLEU"
 
 
 def label(method: str) -> str:
-    """A method's name for readers; "qlora svd" is one cut in another way than by truncation."""
-    name, _, cut = method.partition(" ")
+    """A method's name for readers; `qlora:svd` is one cut in another way than by truncation."""
+    name, _, cut = method.partition(":")
     return METHODS.get(name, name) + (f", {cut}" if cut else "")
 
 
@@ -54,7 +54,7 @@ class Curve:
     @property
     def trained(self) -> bool:
         """Whether a run of its own stands behind it, not another way to cut a trained adapter."""
-        return " " not in self.method
+        return ":" not in self.method
 
     def __str__(self) -> str:
         points = [f"{value:.3g} at rank {rank}" for rank, value in zip(self.ranks, self.values, strict=True)]
@@ -108,7 +108,7 @@ def _panel(place: tuple, measure: str, group: Sequence[Record], how: Bootstrap) 
             for method, view in ways(record).items():
                 runs[method].append(view)
     draw = loss_curve if measure == "heldout" else score_curve
-    ordered = sorted(runs, key=lambda method: ([*METHODS, method].index(method.split(" ")[0]), method))
+    ordered = sorted(runs, key=lambda method: ([*METHODS, method].index(method.split(":")[0]), method))
     curves = tuple(draw(method, Run(tuple(runs[method]), measure, how)) for method in ordered)
     lost = tuple(f"{r.name}: {r.raw.get('reason') or r.raw['status']}" for r in group if not r.done)
     quantity = "held-out loss, nats a token"
@@ -131,7 +131,7 @@ def ways(record: Record) -> dict[str, Record]:
     """Method -> the record's results; a static adapter cut in another way than by truncation is one more method."""
     name = record.cell["method"]
     cuts = record.raw.get("cuts") or {}
-    return {name: record} | {f"{name} {cut}": replace(record, raw=record.raw | cuts[cut]) for cut in sorted(cuts)}
+    return {name: record} | {f"{name}:{cut}": replace(record, raw=record.raw | cuts[cut]) for cut in sorted(cuts)}
 
 
 def score_curve(method: str, run: Run) -> Curve:
@@ -157,7 +157,7 @@ def _curve(method: str, run: Run, ranks: list[int], triples: list[tuple], higher
         values=values,
         lows=lows,
         highs=highs,
-        own=run.own_rank if method.split(" ")[0] in STATIC else None,
+        own=run.own_rank if method.split(":")[0] in STATIC else None,
         higher_is_better=higher_is_better,
         adapter_bytes={int(rank): size for rank, size in (raw.get("adapter_bytes") or {}).items()},
         memory_bytes=_mean([record.raw.get("peak_memory_bytes") for record in run.records]),

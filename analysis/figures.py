@@ -18,7 +18,7 @@ from analysis.curves import Panel, panels, updates
 from analysis.grid import DATA, key
 from analysis.records import Record, cells, check_comparable, load, log, tables
 from analysis.stats import DEFAULT, Bootstrap
-from analysis.style import save
+from analysis.style import save, svg
 
 
 @dataclass(frozen=True)
@@ -31,24 +31,30 @@ class Picture:
     alt: str
     figure: Figure
 
+    def _repr_svg_(self) -> str:
+        """How a notebook shows it."""
+        return svg(self.figure, self.name)
+
 
 def pictures(folder: Path, how: Bootstrap = DEFAULT) -> Iterator[Picture]:
-    """Every figure that the records, logs and forecasts under `folder` (outputs/<scale>) give."""
-    found = [records for table in tables(folder) if _comparable(records := load(table))]
-    yield from _of_panels([one for records in found for one in panels(records, how)])
-    yield from _of_updates([record for records in found for record in records])
+    """Every figure that the records, logs and forecasts under `folder` (outputs/<scale>) give.
+
+    Records of a table that may not be compared are drawn in no figure; standard error says why.
+    """
+    for table in tables(folder):
+        try:
+            yield from of_records(load(table), how)
+        except ValueError as error:
+            print(f"no figure of {table.name}: {error}", file=sys.stderr)
     yield from _of_logs(folder)
     yield from _of_forecasts(folder)
 
 
-def _comparable(records: Sequence[Record]) -> bool:
-    """Whether one table's records may stand in one figure; if not, says why."""
-    try:
-        check_comparable(records)
-    except ValueError as error:
-        print(f"no figure of these together: {error}", file=sys.stderr)
-        return False
-    return True
+def of_records(records: Sequence[Record], how: Bootstrap = DEFAULT) -> Iterator[Picture]:
+    """The figures of one table's records. ValueError for records that may not be compared."""
+    check_comparable(records)
+    yield from _of_panels(panels(records, how))
+    yield from _of_updates(records)
 
 
 def _of_panels(found: Sequence[Panel]) -> Iterator[Picture]:
@@ -107,8 +113,7 @@ def _of_forecasts(folder: Path) -> Iterator[Picture]:
 
 def main(folder: Path) -> None:
     for picture in pictures(folder):
-        save(picture.figure, picture.name, folder / "figures")
-        print(folder / "figures" / f"{picture.name}.svg")
+        print(save(picture.figure, picture.name, folder / "figures"))
 
 
 if __name__ == "__main__":

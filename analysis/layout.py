@@ -80,6 +80,10 @@ class Table:
                 if len(row.labels) + len(row.cells) != len(self.header):
                     raise ValueError(f"row {row.labels} of {block.title!r} does not fit {self.header}")
 
+    def _repr_markdown_(self) -> str:
+        """How a notebook shows it."""
+        return to_markdown(self)
+
 
 def to_markdown(table: Table) -> str:
     """Aligned for the terminal: all blocks have the same column widths; a repeated label is left out."""

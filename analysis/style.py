@@ -107,12 +107,14 @@ def svg(figure: Figure, name: str) -> str:
     return stream.getvalue()
 
 
-def save(figure: Figure, name: str, folder: Path) -> None:
-    """Write <name>.svg and, for looking at, <name>.png on white."""
+def save(figure: Figure, name: str, folder: Path) -> Path:
+    """Write <name>.svg and, for looking at, <name>.png on white; returns the SVG's path."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.svg").write_text(svg(figure, name), encoding="utf-8")
+    file = folder / (re.sub(r"[^\w.-]+", "_", name) + ".svg")  # a name from a record is no path
+    file.write_text(svg(figure, name), encoding="utf-8")
     with rc_context(RC):
-        figure.savefig(folder / f"{name}.png", dpi=150, facecolor="white")
+        figure.savefig(file.with_suffix(".png"), dpi=150, facecolor="white")
+    return file
 
 
 def inline(text: str) -> str:
