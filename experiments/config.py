@@ -136,9 +136,15 @@ class Tasks:
 
 @dataclass
 class TableSettings:
-    """A table's cells: models x data x methods x seeds, names of the groups' files."""
+    """A table's cells: models x data x methods x seeds, names of the groups' files.
+
+    budgets: to sweep the budget too, shares of the scale's own optimizer steps. of: the tables whose settings a
+    table without cells lists.
+    """
 
     name: str = MISSING
+    of: list[str] = field(default_factory=list)
+    budgets: list[float] = field(default_factory=list)
     models: list[str] = field(default_factory=list)
     data: list[str] = field(default_factory=list)
     methods: list[str] = field(default_factory=list)
@@ -251,6 +257,8 @@ def validate(c: Config) -> None:
     for name in ("warmup_ratio", "lora_dropout", "beta2"):
         if not 0 <= getattr(c.optim, name) < 1:
             raise ConfigError(f"optim.{name} is {getattr(c.optim, name)}; it must be from 0 to less than 1")
+    if any(share <= 0 for share in c.table.budgets):
+        raise ConfigError(f"table.budgets is {c.table.budgets}; every share of the budget must be more than 0")
     if not c.ranks.eval:
         raise ConfigError("ranks.eval is empty; name at least one rank to score at")
     for b in c.ranks.eval:
