@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 import re
 import textwrap
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ LATEX = {letter: "\\" + letter for letter in "&%$#_{}"} | {
 
 @dataclass(frozen=True)
 class Cell:
-    """A number with its rank in brackets and its interval, or ± one standard error; or a text instead.
+    """A number with its rank in brackets and its interval, or ± one standard error, and a mark; or a text instead.
 
     An empty cell is one that was not run. Numbers are in the unit that the block's title names.
     """
@@ -33,6 +34,7 @@ class Cell:
     text: str = ""
     digits: int = 1
     signed: bool = False
+    mark: str = ""
 
     def __str__(self) -> str:
         if self.value is None:
@@ -40,11 +42,11 @@ class Cell:
         parts = [self._number(self.value)]
         if self.rank is not None:
             parts.append(f"({self.rank})")
-        if self.low is not None and self.high is not None:
+        if self.low is not None and self.high is not None and not math.isnan(self.low + self.high):
             parts.append(f"[{self._number(self.low)}, {self._number(self.high)}]")
         if self.error is not None:
             parts.append(f"± {self.error:.{self.digits}f}")
-        return " ".join(parts)
+        return " ".join(parts) + self.mark
 
     def _number(self, number: float) -> str:
         rounded = round(number, self.digits) + 0.0  # + 0.0 turns -0.0 into 0.0

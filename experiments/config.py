@@ -14,6 +14,7 @@ from eval.benchmarks import BENCHMARKS
 from experiments.data.formats import FORMATS
 from experiments.data.sources import SOURCES
 from qdylora.base import BITS
+from qdylora.cut import CUTS
 from qdylora.draw import Draw
 from qdylora.gate import SCALES
 
@@ -102,9 +103,12 @@ class Optim:
 
 @dataclass
 class Ranks:
+    """cuts: how a static adapter (draw.kind fixed) is also scored at lower ranks, beside truncation; see `qdylora.cut`."""
+
     r_min: int = 1
     r_max: int = 64
     eval: list[int] = field(default_factory=list)
+    cuts: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -117,9 +121,12 @@ class Limit:
 
 @dataclass
 class Tasks:
+    """limit_of: limits of single benchmarks, instead of `limit`; for those that are generated, which takes longer."""
+
     benchmarks: list[str] = field(default_factory=list)
     num_fewshot: dict[str, int] = field(default_factory=lambda: {"mmlu": 5, "gsm8k": 5, "triviaqa": 0, "webglm": 0})
     limit: Limit = field(default_factory=Limit)
+    limit_of: dict[str, Limit] = field(default_factory=dict)
     webglm_references: bool = True
     webglm_citations: bool = True
     heldout_items: int = 64
@@ -129,9 +136,15 @@ class Tasks:
 
 @dataclass
 class TableSettings:
-    """A table's cells: models x data x methods x seeds, names of the groups' files."""
+    """A table's cells: models x data x methods x seeds, names of the groups' files.
+
+    budgets: to sweep the budget too, shares of the scale's own optimizer steps. of: the tables whose settings a
+    table without cells lists.
+    """
 
     name: str = MISSING
+    of: list[str] = field(default_factory=list)
+    budgets: list[float] = field(default_factory=list)
     models: list[str] = field(default_factory=list)
     data: list[str] = field(default_factory=list)
     methods: list[str] = field(default_factory=list)
@@ -206,7 +219,9 @@ def validate(c: Config) -> None:
         "optim.adapter_dtype": (c.optim.adapter_dtype, ("float32", "bfloat16")),
         "tasks.dequantize": (c.tasks.dequantize, ("auto", "always", "never")),
         "tracker.wandb": (c.tracker.wandb, ("offline", "online", "off")),
+        **{f"ranks.cuts[{i}]": (how, CUTS) for i, how in enumerate(c.ranks.cuts)},
         **{f"tasks.benchmarks[{i}]": (name, BENCHMARKS) for i, name in enumerate(c.tasks.benchmarks)},
+        **{f"tasks.limit_of.{name}": (name, BENCHMARKS) for name in c.tasks.limit_of},
     }
     for name, (value, choices) in one_of.items():
         if value not in choices:
@@ -224,7 +239,12 @@ def validate(c: Config) -> None:
         "checkpoint_every": (c.checkpoint_every, 1),
         "seed": (c.seed, 0),
         **{f"tasks.num_fewshot.{name}": (n, 0) for name, n in c.tasks.num_fewshot.items()},
-        **{f"tasks.limit.{split}": (n, 1) for split, n in vars(c.tasks.limit).items() if n is not None},
+        **{
+            f"tasks.{name}.{split}": (n, 1)
+            for name, limit in {"limit": c.tasks.limit, **{f"limit_of.{k}": v for k, v in c.tasks.limit_of.items()}}.items()
+            for split, n in vars(limit).items()
+            if n is not None
+        },
         **({"budget.tokens": (c.budget.tokens, 1)} if c.budget.tokens is not None else {}),
         **({"tracker.heldout_every": (c.tracker.heldout_every, 1)} if c.tracker.heldout_every is not None else {}),
     }
@@ -237,6 +257,8 @@ def validate(c: Config) -> None:
     for name in ("warmup_ratio", "lora_dropout", "beta2"):
         if not 0 <= getattr(c.optim, name) < 1:
             raise ConfigError(f"optim.{name} is {getattr(c.optim, name)}; it must be from 0 to less than 1")
+    if any(share <= 0 for share in c.table.budgets):
+        raise ConfigError(f"table.budgets is {c.table.budgets}; every share of the budget must be more than 0")
     if not c.ranks.eval:
         raise ConfigError("ranks.eval is empty; name at least one rank to score at")
     for b in c.ranks.eval:
