@@ -14,9 +14,8 @@ from matplotlib.figure import Figure
 
 from analysis import plots
 from analysis.cli import command
-from analysis.curves import Panel, panels, updates
-from analysis.grid import DATA, key
-from analysis.records import Record, cells, check_comparable, load, log, tables
+from analysis.curves import Panel, budget_panels, panels, updates
+from analysis.records import Record, budget_of, cells, check_comparable, check_same_tasks, load, log, tables
 from analysis.stats import DEFAULT, Bootstrap
 from analysis.style import save, svg
 
@@ -52,8 +51,15 @@ def pictures(folder: Path, how: Bootstrap = DEFAULT) -> Iterator[Picture]:
 
 def of_records(records: Sequence[Record], how: Bootstrap = DEFAULT) -> Iterator[Picture]:
     """The figures of one table's records. ValueError for records that may not be compared."""
-    check_comparable(records)
+    check_same_tasks(records)
+    budgets: dict[tuple, list[Record]] = defaultdict(list)
+    for record in records:
+        budgets[budget_of(record)].append(record)
+    for group in budgets.values():
+        check_comparable(group)
     yield from _of_panels(panels(records, how))
+    for one in budget_panels(records, how):
+        yield _of_panel("Change with the budget", "budgets", one, plots.quality_against_rank(one))
     yield from _of_updates(records)
 
 
@@ -70,9 +76,9 @@ def _of_panels(found: Sequence[Panel]) -> Iterator[Picture]:
 
 
 def _of_panel(kind: str, suffix: str, one: Panel, figure: Figure) -> Picture:
-    title = f"{one.model}, {DATA.get(key(one.data), one.data)}: {one.quantity.split(',')[0]}"
-    lost = f"Without a result: {'; '.join(one.lost)}." if one.lost else ""
-    return Picture(kind, f"{one.name}--{suffix}", title, f"{'. '.join(map(str, one.curves))}. {lost}", figure)
+    title = f"{one.title}: {one.quantity.split(',')[0]}"
+    lost = f" Without a result: {'; '.join(one.lost)}." if one.lost else ""
+    return Picture(kind, f"{one.name}--{suffix}", title, f"{'. '.join(map(str, one.curves))}.{lost}", figure)
 
 
 def _of_updates(records: Sequence[Record]) -> Iterator[Picture]:

@@ -31,6 +31,7 @@ RANK_LOOKS = tuple(
     Look(colour, marker, "-")
     for colour, marker in zip((INK, PURPLE, VERMILLION, ORANGE, GREEN, SKY, BLUE), "osD^vP*", strict=True)
 )
+PARTS = {"base_4bit": "base, 4 bits", "base_constants": "base, constants", "base_rest": "base, not in 4 bits"}
 PART_COLOURS = (BLUE, SKY, GREEN, YELLOW, ORANGE, VERMILLION, PURPLE, "#999999", "#ffffff")
 HATCHES = ("", "//", "..", "\\\\", "xx", "--", "||", "oo")
 
@@ -86,8 +87,8 @@ def _finish_curves(axes: Axes, shown: Panel) -> None:
 
 
 def _looks(shown: Panel) -> list[tuple[Curve, Look]]:
-    found = looks(curve.method for curve in shown.curves)
-    return [(curve, found[curve.method]) for curve in shown.curves]
+    found = looks(curve.name for curve in shown.curves)
+    return [(curve, found[curve.name]) for curve in shown.curves]
 
 
 @styled
@@ -177,7 +178,7 @@ def memory_by_part(forecasts: dict[str, dict[str, int]]) -> Figure:
         colour, hatch = PART_COLOURS[place % len(PART_COLOURS)], HATCHES[place % len(HATCHES)]
         axes.barh(
             list(forecasts), widths, left=[*left.values()], color=colour, hatch=hatch, edgecolor=INK, linewidth=0.4,
-            height=0.6, label=part,
+            height=0.6, label=PARTS.get(part, part),
         )  # fmt: skip
         left = {label: left[label] + width for label, width in zip(forecasts, widths, strict=True)}
     _gpu_lines(axes, max(left.values()))

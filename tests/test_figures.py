@@ -11,7 +11,7 @@ import pytest
 
 from analysis import plots
 from analysis.curves import panels, updates
-from analysis.figures import pictures
+from analysis.figures import of_records, pictures
 from analysis.records import cells, items, load, log, tables
 from analysis.stats import mean_at
 from analysis.style import LOOKS, OTHERS, inline, label_ends, looks, panel, save, svg
@@ -46,7 +46,7 @@ def record(scale, name):
 @pytest.mark.parametrize("method, label", [("qlora", "QLoRA"), ("qdylora", "QDyLoRA")])
 def test_score_against_rank_is_the_records_score(scale, drawn, method, label):
     scores = record(scale, ALPACA.replace("qdylora", method)).split("mmlu", "test")["ranks"]
-    x, y = data(drawn["table1--smollm2-135m--alpaca--mmlu--rank"].figure.axes[0], label)
+    x, y = data(drawn["table1--smollm2-135m--alpaca--40-steps--mmlu--rank"].figure.axes[0], label)
     assert list(x) == RANKS
     np.testing.assert_allclose(y, [100 * scores[str(rank)]["value"] for rank in RANKS], atol=1e-4)
 
@@ -76,11 +76,13 @@ def test_heldout_loss_averages_seeds_and_its_interval_holds_their_spread(scale):
 
 
 def test_a_static_method_is_marked_at_its_own_rank_and_the_other_at_its_best(scale):
-    shown = next(one for one in panels(load(scale / "table1"), HOW) if one.name.endswith("alpaca--mmlu"))
+    shown = next(one for one in panels(load(scale / "table1"), HOW) if one.name.endswith("alpaca--40-steps--mmlu"))
     qlora, qdylora = shown.curves
     assert qlora.ranks[qlora.marked] == 64
     assert qdylora.values[qdylora.marked] == max(qdylora.values)
-    loss = next(one for one in panels(load(scale / "table1"), HOW) if one.name.endswith("alpaca--heldout")).curves[1]
+    loss = next(
+        one for one in panels(load(scale / "table1"), HOW) if one.name.endswith("alpaca--40-steps--heldout")
+    ).curves[1]
     assert loss.values[loss.marked] == min(loss.values)
     axes = plots.quality_against_rank(shown).axes[0]
     marked = [(one.get_xdata()[0], one.get_ydata()[0]) for one in axes.lines if one.get_markersize() == 9]
@@ -88,9 +90,9 @@ def test_a_static_method_is_marked_at_its_own_rank_and_the_other_at_its_best(sca
 
 
 def test_guessing_and_the_untrained_loss_are_drawn_as_levels(drawn):
-    axes = drawn["table1--smollm2-135m--alpaca--mmlu--rank"].figure.axes[0]
+    axes = drawn["table1--smollm2-135m--alpaca--40-steps--mmlu--rank"].figure.axes[0]
     assert set(data(axes, "guessing")[1]) == {25}
-    axes = drawn["table1--smollm2-135m--alpaca--heldout--rank"].figure.axes[0]
+    axes = drawn["table1--smollm2-135m--alpaca--40-steps--heldout--rank"].figure.axes[0]
     assert set(data(axes, "untrained")[1]) == {2.31}
 
 
@@ -99,20 +101,20 @@ def test_another_cut_of_a_static_adapter_is_a_line_of_its_own(scale):
     ranks = {str(rank): {"value": 1 + 1 / rank, "stderr": 0.1} for rank in RANKS}
     one.raw["cuts"] = {"svd": {"heldout": {"ranks": ranks, "n": 24}, "tasks": one.tasks}}
     plain, svd = panels([one], HOW)[-1].curves
-    assert (plain.label, svd.label) == ("QLoRA", "QLoRA, svd")
+    assert (plain.label, svd.label) == ("QLoRA", "QLoRA, SVD")
     assert svd.values == tuple(1 + 1 / rank for rank in RANKS) != plain.values
     assert plain.trained and not svd.trained
 
 
 def test_adapter_size_and_memory_are_the_records(scale, drawn):
-    x, _ = data(drawn["table1--smollm2-135m--alpaca--mmlu--size"].figure.axes[0], "QDyLoRA")
+    x, _ = data(drawn["table1--smollm2-135m--alpaca--40-steps--mmlu--size"].figure.axes[0], "QDyLoRA")
     assert list(x) == RANKS  # a MiB a rank
-    axes = drawn["table1--smollm2-135m--alpaca--heldout--memory"].figure.axes[0]
+    axes = drawn["table1--smollm2-135m--alpaca--40-steps--heldout--memory"].figure.axes[0]
     places = {bars.get_label(): bars.lines[0].get_xdata()[0] for bars in axes.containers}
     loss = record(scale, ALPACA).raw["heldout"]["ranks"]
     best = min(loss, key=lambda rank: loss[rank]["value"])
     assert places == {"QLoRA, rank 64": 5, f"QDyLoRA, rank {best}": 4}
-    assert "table1--smollm2-135m--oasst1--mmlu--size" not in drawn  # its records do not say
+    assert "table1--smollm2-135m--oasst1--40-steps--mmlu--size" not in drawn  # its records do not say
 
 
 def test_updates_counted_and_expected_are_the_records_means(scale, drawn):
@@ -162,7 +164,7 @@ def test_every_picture_has_words_for_its_content(drawn):
         "Updates of each row", "Training", "Held-out loss in training", "Memory by part",
     }  # fmt: skip
     assert all(len(picture.alt) > 20 for picture in drawn.values())
-    alt = drawn["table1--smollm2-135m--self_instruct--mmlu--rank"].alt
+    alt = drawn["table1--smollm2-135m--self_instruct--40-steps--mmlu--rank"].alt
     assert (
         "QDyLoRA: 30 at rank 1, 40 at rank 2" in alt
         and "self_instruct--qlora--seed0: CUDA out of memory at step 1" in alt
@@ -170,7 +172,7 @@ def test_every_picture_has_words_for_its_content(drawn):
 
 
 def test_the_svg_is_the_same_every_time_and_ids_differ_between_figures(scale, drawn):
-    names = ["table1--smollm2-135m--alpaca--mmlu--rank", "memory-by-part"]
+    names = ["table1--smollm2-135m--alpaca--40-steps--mmlu--rank", "memory-by-part"]
     again = {picture.name: picture for picture in pictures(scale, HOW)}
     first, second = ([svg(found[name].figure, name) for name in names] for found in (drawn, again))
     assert first == second
@@ -180,10 +182,26 @@ def test_the_svg_is_the_same_every_time_and_ids_differ_between_figures(scale, dr
 
 def test_records_that_may_not_be_compared_are_not_drawn_together(scale, tmp_path, capsys):
     folder = Path(shutil.copytree(scale, tmp_path / "mini"))
-    change(folder / "table1" / ALPACA, budget={"asked": {"steps": 80, "examples": 640, "tokens": None}})
+    change(folder / "table1" / ALPACA, data={"sha256": "another"})
     found = list(pictures(folder, HOW))
     assert {picture.kind for picture in found} == {"Training", "Held-out loss in training", "Memory by part"}
-    assert "no figure of table1: records of one table must agree in budget" in capsys.readouterr().err
+    assert "no figure of table1: records of one table must agree in training data" in capsys.readouterr().err
+
+
+def test_budgets_are_drawn_apart_and_against_each_other(scale):
+    one, more = record(scale, ALPACA), record(scale, ALPACA)
+    for view, steps in ((one, 8), (more, 16)):
+        view.raw["name"] = f"{ALPACA}--steps{steps}"
+        view.raw["budget"] = {"asked": {"steps": steps, "examples": 8 * steps, "tokens": None}}
+    more.raw["heldout"] = {"ranks": {str(rank): {"value": 1 / rank, "stderr": 0.1} for rank in RANKS}}
+    found = list(of_records([more, one], HOW))
+    titles = [picture.title for picture in found if picture.kind == "Held-out loss against rank"]
+    assert titles == [f"smollm2-135m, Alpaca, {steps} steps: held-out loss" for steps in (8, 16)]
+    (picture,) = [one for one in found if one.kind == "Change with the budget" and "heldout" in one.name]
+    assert picture.title == "smollm2-135m, Alpaca, QDyLoRA: held-out loss"
+    assert list(data(picture.figure.axes[0], "16 steps")[1]) == [1 / rank for rank in RANKS]
+    loss = one.raw["heldout"]["ranks"]
+    assert list(data(picture.figure.axes[0], "8 steps")[1]) == [loss[str(rank)]["value"] for rank in RANKS]
 
 
 def test_a_cell_put_aside_is_not_read(scale, tmp_path):
@@ -218,7 +236,7 @@ def test_names_at_line_ends_keep_a_distance_and_their_order(values):
 
 def test_a_dollar_in_a_name_is_a_dollar(scale):
     shown = panels([record(scale, ALPACA)], HOW)[0]
-    shown.curves[0].__dict__["method"] = r"$\frac{"
+    shown.curves[0].__dict__["name"] = r"$\frac{"
     assert r"$\frac{" in svg(plots.quality_against_rank(shown), "dollar")
 
 
