@@ -5,20 +5,8 @@ from dataclasses import replace
 
 import pandas as pd
 
-from analysis.grid import (
-    DATA_NAMES,
-    METHODS,
-    MODELS,
-    STATIC,
-    Grid,
-    Run,
-    difference_support,
-    key,
-    mean_score,
-    ordered,
-    percent,
-    points,
-)
+from analysis.grid import DATA_NAMES, METHODS, MODELS, STATIC, Grid, Run, difference_support, key, mean_score, ordered
+from analysis.grid import percent, points
 from analysis.layout import Block, Cell, Row, Table
 from analysis.notes import missing_models, protocol, ranks_tested, reading, scope
 from analysis.records import Record, check_comparable

@@ -5,7 +5,7 @@ from a record is escaped.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from analysis.figures import pictures
 from analysis.layout import Table, repeated
 from analysis.notes import amounts
 from analysis.records import Record, cells, load, tables
+from analysis.settings import table4
 from analysis.stats import DEFAULT, Bootstrap
 from analysis.style import inline, svg
 from analysis.tables import TABLES
@@ -86,14 +87,20 @@ def _states(folder: Path, records: Sequence[Record]) -> list[tuple[Path, str]]:
 
 
 def _tables(folder: Path, records: Sequence[Record]) -> list[tuple[str, Table | str]]:
-    """Each table with its name; a refused one with the reason."""
-    found: list[tuple[str, Table | str]] = []
-    for name in (table.name for table in tables(folder) if table.name in TABLES):
-        try:
-            found.append((name, TABLES[name]([record for record in records if record.folder.parent.name == name])))
-        except ValueError as error:
-            found.append((name, str(error)))
-    return found
+    """Each table with its name, then their settings (Table 4); a refused one with the reason."""
+    by_table = {name: some for name in TABLES if (some := [r for r in records if r.folder.parent == folder / name])}
+    found = [(name, _or_reason(TABLES[name], some)) for name, some in by_table.items()]
+    configs = {name: [record.raw["config"] for record in some] for name, some in by_table.items()}
+    return [*found, ("table4", _or_reason(table4, configs))] if found else []
+
+
+def _or_reason(table: Callable[..., Table], of: Sequence | Mapping) -> Table | str:
+    try:
+        return table(of)
+    except ValueError as error:
+        return str(error)
+    except KeyError as error:
+        return f"the records do not hold {error}"
 
 
 def _kinds(folder: Path, how: Bootstrap) -> list[tuple[str, list[dict]]]:

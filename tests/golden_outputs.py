@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 from pathlib import Path
@@ -18,11 +19,11 @@ FORECAST = {
 }
 
 
-def make(folder: Path, table: str = "table1") -> Path:
-    """`folder` as outputs/mini: the golden records as a table, Alpaca's two cells with all that a new record has."""
-    shutil.copytree(GOLDEN, folder / table)
+def make(folder: Path) -> Path:
+    """`folder` as outputs/mini: the golden records as Table 1, Alpaca's two cells with all that a new record has."""
+    shutil.copytree(GOLDEN, folder / "table1")
     for method, memory in (("qlora", 5 * 2**30), ("qdylora", 4 * 2**30)):
-        cell = folder / table / ALPACA.replace("qdylora", method)
+        cell = folder / "table1" / ALPACA.replace("qdylora", method)
         expected = [640.0] * 64 if method == "qlora" else [10.0 * (65 - row) for row in range(1, 65)]
         sizes = {str(rank): rank * 2**20 for rank in RANKS}
         counted = [round(count) for count in expected]
@@ -36,12 +37,37 @@ def make(folder: Path, table: str = "table1") -> Path:
     return folder
 
 
+def make_gsm8k(folder: Path, table: str, steps: int = 40) -> None:
+    """Alpaca's two golden records as if of another table, of GSM8K and of another budget, in `folder`/table."""
+    for method in ("qlora", "qdylora"):
+        source = GOLDEN / ALPACA.replace("qdylora", method)
+        name = f"{source.name.replace('alpaca', 'gsm8k')}--steps{steps}"
+        cell = Path(shutil.copytree(source, folder / table / name))
+        raw = json.loads((cell / "record.json").read_text())
+        ranks = {rank: round(score["value"] + 1 / steps, 3) for rank, score in raw["heldout"]["ranks"].items()}
+        items = [json.dumps({"id": item, "weight": 1 + item, "values": ranks}) for item in range(24)]
+        (cell / "items" / "heldout.jsonl.gz").write_bytes(gzip.compress("\n".join(items).encode(), mtime=0))
+        raw["heldout"] |= {
+            "items": "items/heldout.jsonl.gz",
+            "ranks": {rank: {"value": value, "stderr": 0.04} for rank, value in ranks.items()},
+        }
+        asked = {"steps": steps, "examples": 16 * steps, "tokens": None}
+        change(
+            cell,
+            name=name,
+            cell=raw["cell"] | {"table": table, "data": "gsm8k"},
+            budget={"asked": asked, "spent": {**asked, "seconds": 7.0}},
+            tasks={"gsm8k": raw["tasks"]["mmlu"] | {"metric": "exact_match"}},
+            heldout=raw["heldout"],
+        )
+
+
 def line(step: int, **more) -> dict:
     """A line of a training log."""
     return {"step": step, "loss": 3.0 / step, "ranks": [step, step, 2 * step], "heldout": None} | more
 
 
-def change(cell: Path, **more) -> None:
+def change(cell: Path, /, **more) -> None:
     """Add keys to a cell's record."""
     file = cell / "record.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | more))
