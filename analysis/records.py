@@ -73,14 +73,15 @@ class Record:
 
 
 def load(folder: str | Path) -> list[Record]:
-    """All records under `folder`, sorted by name.
+    """All records under `folder`, sorted by name. What a changed configuration put aside (`name~digest`) is left out.
 
     Raises FileNotFoundError if there is no such folder, ValueError naming the file for a broken record.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder of records at {folder}")
-    records = [_read(path) for path in sorted(folder.glob("*/record.json"))]
+    paths = [path for path in sorted(folder.glob("*/record.json")) if "~" not in path.parent.name]
+    records = [_read(path) for path in paths]
     seen: dict[str, Record] = {}
     for record in records:
         if record.name in seen:
