@@ -3,7 +3,6 @@
 Writes <folder>/figures/*.svg and *.png.
 """
 
-import json
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,7 @@ from matplotlib.figure import Figure
 from analysis import plots
 from analysis.cli import command
 from analysis.curves import Panel, budget_panels, panels, updates
+from analysis.forecasts import forecasts
 from analysis.records import Record, budget_of, cells, check_comparable, check_same_tasks, load, log, tables
 from analysis.stats import DEFAULT, Bootstrap
 from analysis.style import save, svg
@@ -111,10 +111,13 @@ def _of_logs(folder: Path) -> Iterator[Picture]:
 
 
 def _of_forecasts(folder: Path) -> Iterator[Picture]:
-    files = sorted((folder / "forecast").glob("*.json"))
-    if forecasts := {file.stem: json.loads(file.read_text()) for file in files}:
-        alt = "; ".join(f"{label}: {sum(parts.values()) / plots.GIB:.1f} GiB" for label, parts in forecasts.items())
-        yield Picture("Memory by part", "memory-by-part", "Forecast", f"{alt}.", plots.memory_by_part(forecasts))
+    scales: dict[str, dict[str, dict[str, int]]] = defaultdict(dict)
+    for one in forecasts(folder):
+        scales[one.scale][one.label] = one.parts
+    for scale, shown in scales.items():
+        alt = "; ".join(f"{label}: {sum(parts.values()) / plots.GIB:.1f} GiB" for label, parts in shown.items())
+        title = f"Forecast for scale {scale}, as configured"
+        yield Picture("Memory by part", f"forecast--{scale}", title, f"{alt}.", plots.memory_by_part(shown))
 
 
 def main(folder: Path) -> None:

@@ -73,7 +73,7 @@ class Record:
 
 
 def load(folder: str | Path) -> list[Record]:
-    """All records under `folder`, sorted by name.
+    """All records under `folder`, sorted by name. What a changed configuration put aside (`name~digest`) is left out.
 
     Raises FileNotFoundError if there is no such folder, ValueError naming the file for a broken record.
     """

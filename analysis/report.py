@@ -5,9 +5,10 @@ from a record is escaped.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -17,6 +18,7 @@ from analysis.claims import Claim
 from analysis.claims import claims as judged
 from analysis.cli import command
 from analysis.figures import pictures
+from analysis.forecasts import forecasts
 from analysis.layout import Table, repeated
 from analysis.notes import amounts
 from analysis.records import Record, cells, load, tables
@@ -35,8 +37,9 @@ LISTS = (
 )
 
 
-def report(folder: Path, claims: Sequence[Claim], how: Bootstrap = DEFAULT) -> str:
-    """The page of all records, logs and forecasts under `folder` (outputs/<scale>).
+def report(folder: Path, claims: Sequence[Claim] | str, how: Bootstrap = DEFAULT) -> str:
+    """The page of all records, logs and forecasts under `folder` (outputs/<scale>), with the claims or the reason why
+    they are not decided.
 
     Raises FileNotFoundError if there is no such folder, ValueError that names a broken record.
     """
@@ -94,9 +97,10 @@ def _tables(folder: Path, records: Sequence[Record]) -> list[tuple[str, Table | 
     return [*found, ("table4", _or_reason(table4, configs))] if found else []
 
 
-def _or_reason(table: Callable[..., Table], of: Sequence | Mapping) -> Table | str:
+def _or_reason(work: Callable[..., Any], *of: Any) -> Any:
+    """What `work` makes of the records, or why it refuses them."""
     try:
-        return table(of)
+        return work(*of)
     except ValueError as error:
         return str(error)
     except KeyError as error:
@@ -164,7 +168,7 @@ def _software(folder: Path, records: Sequence[Record]) -> tuple[tuple[str, ...],
 
 def main(folder: Path) -> None:
     records = [record for table in tables(folder) for record in load(table)]
-    page = report(folder, judged(records))
+    page = report(folder, _or_reason(judged, records, [one.for_claims() for one in forecasts(folder) if one.gpu]))
     draft = folder / ".report.html"
     draft.write_text(page, encoding="utf-8")
     draft.replace(folder / "report.html")

@@ -74,6 +74,11 @@ class Study:
                 frames, how_read = reading(curve)
                 yield place, method, steps, order(frames, self.how, **how_read)
 
+    def orders_of(self, curve: Curve) -> Iterator[tuple[Order, ...]]:
+        """One curve's measures by every reading: the score, the held-out loss."""
+        readings = (reading(curve) for reading in READINGS.values())
+        yield tuple(order(frames, self.how, **how_read) for frames, how_read in readings)
+
     def change(self, place: tuple, new: tuple, base: tuple, reading: Reading) -> Change | None:
         """The measures of curve `new` (method, steps) minus those of `base`; None unless both ran, seed by seed."""
         curves = self.curves[place]

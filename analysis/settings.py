@@ -54,23 +54,28 @@ def _text(row, configs: Sequence[dict]) -> str:
     if len(values) == 1:
         return values[0]
     by = _explaining(cells)
-    parts = []
-    for value in values:
-        holds = dict.fromkeys("/".join(cell[name] for name in by) for cell, found in cells if found == value)
-        parts.append(f"{value} ({', '.join(holds)})")
-    return "; ".join(parts)
+    if by is None:  # swept within the table
+        return "; ".join(values)
+    holds = {
+        value: list(dict.fromkeys("/".join(cell[name] for name in by) for cell, found in cells if found == value))
+        for value in values
+    }
+    if len(by) > 1:  # a long list for the commonest value says no more than this
+        commonest = max(values, key=lambda value: len(holds[value]))
+        holds = {value: holds[value] for value in values if value != commonest} | {commonest: ["otherwise"]}
+    return "; ".join(f"{value} ({', '.join(where)})" for value, where in holds.items())
 
 
-def _explaining(cells: Sequence[tuple[dict, str]]) -> tuple[str, ...]:
-    """The fewest attributes of a cell that its value follows from."""
-    for count in range(1, len(ATTRIBUTES)):
+def _explaining(cells: Sequence[tuple[dict, str]]) -> tuple[str, ...] | None:
+    """The fewest attributes of a cell that its value follows from, None if it follows from none."""
+    for count in range(1, len(ATTRIBUTES) + 1):
         for by in combinations(ATTRIBUTES, count):
             found: dict[tuple, set] = {}
             for cell, value in cells:
                 found.setdefault(tuple(cell[name] for name in by), set()).add(value)
             if all(len(values) == 1 for values in found.values()):
                 return by
-    return ATTRIBUTES
+    return None
 
 
 def _name(config: dict, attribute: str) -> str:

@@ -112,6 +112,8 @@ def load(name: str, split: str, settings: Settings) -> Task:
     config |= {"num_fewshot": settings.num_fewshot, "test_split": "test", "validation_split": None}
     docs = rows(name, split, settings.root)
     shots = rows(name, FEWSHOT_SPLIT[name], settings.root) if settings.num_fewshot else []
+    # Without examples lm-eval must not look for their split either.
+    config |= {"fewshot_split": FEWSHOT_SPLIT[name] if shots else None, "training_split": None}
     if name == "mmlu":
         tasks, groups = _mmlu(config, docs, shots, settings.limit)
     else:

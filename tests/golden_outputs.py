@@ -14,8 +14,8 @@ HOW = Bootstrap(resamples=500)
 RANKS = [1, 2, 4, 8, 16, 32, 64]
 ALPACA = "smollm2-135m--alpaca--qdylora--seed0"
 FORECAST = {
-    "LLaMA2-13B, DyLoRA": {"16-bit weights": 26 * 2**30, "activations": 5 * 2**30},
-    "Falcon-40B, QDyLoRA": {"4-bit weights": 21 * 2**30, "16-bit rest": 2**30, "activations": 4 * 2**30},
+    "llama2-13b, DyLoRA": {"base_rest": 26 * 2**30, "activations": 5 * 2**30},
+    "falcon-40b, QDyLoRA": {"base_4bit": 21 * 2**30, "base_rest": 2**30, "activations": 4 * 2**30},
 }
 
 
@@ -31,9 +31,20 @@ def make(folder: Path) -> Path:
         losses = [None if step % 2 else {"1": 2.0 / step, "8": 1.0 / step} for step in range(1, 7)]
         lines = [json.dumps(line(step, heldout=loss)) + "\n" for step, loss in enumerate(losses, start=1)]
         (cell / "log.jsonl").write_text("".join(lines))
-    (folder / "forecast").mkdir()
+    (folder.parent / "forecast").mkdir()
     for label, parts in FORECAST.items():
-        (folder / "forecast" / f"{label}.json").write_text(json.dumps(parts))
+        model, method = label.lower().split(", ")
+        raw = {
+            "cell": {"scale": "paper", "model": model, "method": method},
+            "gpu_gb": 32.0,
+            "reserve_gb": 1.0,
+            "checkpoint_activations": True,
+            "forecasts": {
+                "checkpointed": {"parts": parts, "pageable_bytes": 2**30},
+                "not_checkpointed": {"parts": {"activations": 2**40}, "pageable_bytes": 0},
+            },
+        }
+        (folder.parent / "forecast" / f"paper--{model}--alpaca--{method}.json").write_text(json.dumps(raw))
     return folder
 
 

@@ -12,6 +12,7 @@ import pytest
 from analysis import plots
 from analysis.curves import panels, updates
 from analysis.figures import of_records, pictures
+from analysis.forecasts import forecasts
 from analysis.records import cells, items, load, log, tables
 from analysis.stats import mean_at
 from analysis.style import LOOKS, OTHERS, inline, label_ends, looks, panel, save, svg
@@ -148,14 +149,29 @@ def test_a_log_that_was_cut_off_is_read_to_its_last_whole_line(tmp_path):
 
 def test_memory_is_stacked_by_part_against_gpus():
     axes = plots.memory_by_part(FORECAST).axes[0]
-    ends = {}
-    for bars in axes.containers:
+    ends: dict[str, float] = {}
+    for bars, part in zip(axes.containers, ("base_rest", "activations", "base_4bit"), strict=True):
+        assert bars.get_label() == plots.PARTS.get(part, part)
         for bar, label in zip(bars, FORECAST, strict=True):
             assert bar.get_x() == pytest.approx(ends.get(label, 0))
-            assert bar.get_width() == pytest.approx(FORECAST[label].get(bars.get_label(), 0) / 2**30)
+            assert bar.get_width() == pytest.approx(FORECAST[label].get(part, 0) / 2**30)
             ends[label] = bar.get_x() + bar.get_width()
-    assert ends == {"LLaMA2-13B, DyLoRA": 31, "Falcon-40B, QDyLoRA": 26}
+    assert ends == {"llama2-13b, DyLoRA": 31, "falcon-40b, QDyLoRA": 26}
     assert [one.get_xdata()[0] for one in axes.lines] == [16, 24, 32]  # up to the first that holds all
+
+
+def test_forecasts_are_read_as_configured_and_a_broken_one_is_named(scale, tmp_path, drawn):
+    falcon, llama = forecasts(scale)
+    assert {one.label: one.parts for one in (llama, falcon)} == FORECAST
+    assert falcon.for_claims() == {
+        "model": "falcon-40b", "method": "qdylora", "gpu_bytes": 32 * 2**30, "needed_bytes": 26 * 2**30,
+    }  # fmt: skip
+    assert "falcon-40b, QDyLoRA: 26.0 GiB" in drawn["forecast--paper"].alt
+    (tmp_path / "forecast").mkdir()
+    assert forecasts(tmp_path / "mini") == []
+    (tmp_path / "forecast" / "x.json").write_text('{"forecasts": {}}')
+    with pytest.raises(ValueError, match=r"forecast/x.json: not a memory forecast .*run the forecast again"):
+        forecasts(tmp_path / "mini")
 
 
 def test_every_picture_has_words_for_its_content(drawn):
@@ -172,7 +188,7 @@ def test_every_picture_has_words_for_its_content(drawn):
 
 
 def test_the_svg_is_the_same_every_time_and_ids_differ_between_figures(scale, drawn):
-    names = ["table1--smollm2-135m--alpaca--40-steps--mmlu--rank", "memory-by-part"]
+    names = ["table1--smollm2-135m--alpaca--40-steps--mmlu--rank", "forecast--paper"]
     again = {picture.name: picture for picture in pictures(scale, HOW)}
     first, second = ([svg(found[name].figure, name) for name in names] for found in (drawn, again))
     assert first == second
@@ -184,7 +200,7 @@ def test_records_that_may_not_be_compared_are_not_drawn_together(scale, tmp_path
     folder = Path(shutil.copytree(scale, tmp_path / "mini"))
     change(folder / "table1" / ALPACA, data={"sha256": "another"})
     found = list(pictures(folder, HOW))
-    assert {picture.kind for picture in found} == {"Training", "Held-out loss in training", "Memory by part"}
+    assert {picture.kind for picture in found} == {"Training", "Held-out loss in training"}
     assert "no figure of table1: records of one table must agree in training data" in capsys.readouterr().err
 
 
@@ -259,7 +275,7 @@ def test_the_command_writes_svg_and_png_and_says_what_is_wrong_in_one_sentence(s
     done = command(folder)
     assert done.returncode == 0, done.stderr
     written = {file.name for file in (folder / "figures").iterdir()}
-    assert len(written) == 2 * len(done.stdout.splitlines()) == 20
+    assert len(written) == 2 * len(done.stdout.splitlines()) == 18
     assert {f"table1--{ALPACA}--training.svg", f"table1--{ALPACA}--training.png"} <= written
     done = command(tmp_path / "nothing")
     assert done.returncode == 2 and done.stderr == f"error: no folder of records at {tmp_path / 'nothing'}\n"

@@ -147,6 +147,12 @@ def test_claims_have_verdict_effect_and_interval(text, page):
     assert found["C3"][1:4] == ["supported", "", ""]
 
 
+def test_claims_that_cannot_be_decided_say_why_and_the_rest_stands(copy):
+    text = report(copy, "claims are decided at one scale, not 2", HOW)
+    assert "Not decided: claims are decided at one scale" in text
+    assert set(rows(text, "cells")) == {"cell", ALPACA}
+
+
 def test_tables_are_the_tables_cells(text, page):
     table = TABLES["table1"](load(GOLDEN))
     assert page.has(table.title, "h3")
@@ -211,8 +217,11 @@ def test_the_same_records_give_the_same_page(copy):
 
 
 def test_the_command_writes_the_page(copy, monkeypatch, capsys):
-    monkeypatch.setattr(report_module, "judged", lambda records: CLAIMS)
+    given = []
+    monkeypatch.setattr(report_module, "judged", lambda *of: given.append(of) or CLAIMS)
     main(copy)
+    ((records, found),) = given
+    assert [one.name for one in records] == [ALPACA] and found == []
     assert capsys.readouterr().out == f"{copy / 'report.html'}\n"
     assert (copy / "report.html").read_text().startswith("<!doctype html>")
     assert len(cells(copy / "table1")) == 1 and not list(copy.glob(".report*"))
