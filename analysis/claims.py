@@ -84,8 +84,8 @@ def claims(records: Sequence[Record], forecasts: Sequence[dict] = (), how: Boots
         _beats_at_every_lower_rank("C2", by_rank, BASE, "make table2 table3" + scale),
         _beats_at_every_lower_rank("C2b", by_rank, f"{BASE}:svd", "make table2" + scale),
         _fits(forecasts),
-        _semi_sorted(study, "make semi-sorted" + scale),
-        _more_under_a_smaller_budget(study, "make semi-sorted" + scale),
+        _semi_sorted(study, "make semi_sorted" + scale),
+        _more_under_a_smaller_budget(study, "make semi_sorted" + scale),
         *_costs([r for name in ("table1", "table2", "table3") for r in tables[name]], "make table1 table2 table3" + scale),
     ]
 
@@ -259,6 +259,7 @@ def _costs(records: Sequence[Record], command: str) -> list[Claim]:
     done = {(r.cell["table"], r.cell["model"], key(r.cell["data"]), r.cell["seed"], r.cell["method"]): r
             for r in records if r.done}  # fmt: skip
     pairs = [(new, done[(*at[:-1], BASE)]) for at, new in done.items() if at[-1] == NEW and (*at[:-1], BASE) in done]
+    pairs = [pair for pair in pairs if all("peak_memory_bytes" in record.raw for record in pair)]
     if not pairs:
         return [_unrun(name, command, "no cell of QLoRA and QDyLoRA") for name in STATEMENTS if name.startswith("C5")]
     ranks = len(pairs[0][0].raw["heldout"]["ranks"])
@@ -316,8 +317,8 @@ def _effect(claim: Claim) -> Cell:
     if claim.effect is None:
         return Cell()
     low, high = claim.interval or (None, None)
-    ratio = claim.name.startswith("C5")
-    return Cell(claim.effect, low=low, high=high, digits=3 if ratio else 1, signed=not ratio)
+    ratio, count = claim.name.startswith("C5"), claim.name == "C4"
+    return Cell(claim.effect, low=low, high=high, digits=3 if ratio else 0 if count else 1, signed=not (ratio or count))
 
 
 def main(folder: Path) -> None:

@@ -55,8 +55,12 @@ class Record:
 
     @property
     def cuts(self) -> list[str]:
-        """Other ways than truncation in which the cell's adapter was cut to lower ranks (asked for, if it is lost)."""
-        return list(self.raw.get("cuts", {})) if self.done else self.raw["config"].get("ranks", {}).get("cuts", [])
+        """Other ways than truncation in which the cell's adapter was cut to lower ranks; of a lost cell, was to be."""
+        if self.done:
+            return list(self.raw.get("cuts", {}))
+        config = self.raw["config"]
+        static = config["method"].get("draw", {}).get("kind") == "fixed"
+        return config.get("ranks", {}).get("cuts", []) if static else []
 
     def cut(self, how: str) -> "Record":
         """The same cell with its adapter cut in another way, as if of a method of its own: `qlora:svd`."""
