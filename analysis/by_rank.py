@@ -5,8 +5,20 @@ from dataclasses import replace
 
 import pandas as pd
 
-from analysis.grid import DATA_NAMES, METHODS, MODELS, STATIC, Grid, Run, difference_support, key, mean_score, ordered
-from analysis.grid import percent, points
+from analysis.grid import (
+    DATA_NAMES,
+    METHODS,
+    MODELS,
+    STATIC,
+    Grid,
+    Run,
+    difference_support,
+    key,
+    mean_score,
+    ordered,
+    percent,
+    points,
+)
 from analysis.layout import Block, Cell, Row, Table
 from analysis.notes import missing_models, protocol, ranks_tested, reading, scope
 from analysis.records import Record, check_comparable
@@ -82,7 +94,8 @@ def _by_rank(
     heads = tuple("QLoRA, alpha/r" if cut and m == "qlora" else METHODS.get(m, m) for m in columns.methods)
     lost = [note for grid in columns.grids.values() for note in grid.lost_notes()]
     notes = [*protocol(records, *columns.grids), *missing_models(records, paper), *reading(how), *ranks_tested(cut)]
-    return Table(f"{name} ({scope(records)})", ("model", "data set", "rank", *heads), shown, (*notes, *dict.fromkeys(lost)))
+    header = ("model", "data set", "rank", *heads)
+    return Table(f"{name} ({scope(records)})", header, shown, (*notes, *dict.fromkeys(lost)))
 
 
 def _scores(columns: _Columns) -> tuple[Row, ...]:

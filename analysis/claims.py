@@ -33,7 +33,7 @@ STATEMENTS = {
     "C1": "QDyLoRA at its best rank is at least as good as QLoRA on MMLU",
     "C2": "QDyLoRA beats truncated QLoRA at every lower rank",
     "C2b": "QDyLoRA beats QLoRA cut by SVD at every lower rank",
-    "C3": "16-bit DyLoRA on a 13B model does not fit 32 GB, QDyLoRA does; Falcon-40B with ranks 1..64 fits one 32 GB GPU",
+    "C3": "16-bit DyLoRA on a 13B model does not fit 32 GB, QDyLoRA does; Falcon-40B with ranks 1..64 fits a 32 GB GPU",
     "C4": "Ranks are semi-sorted: some higher rank is worse than a lower one",
     "C4b": "A smaller budget leaves more pairs of ranks out of order",
     "C5 steps": "One QDyLoRA run takes fewer steps than a QLoRA run per rank",
@@ -86,7 +86,9 @@ def claims(records: Sequence[Record], forecasts: Sequence[dict] = (), how: Boots
         _fits(forecasts),
         _semi_sorted(study, "make semi_sorted" + scale),
         _more_under_a_smaller_budget(study, "make semi_sorted" + scale),
-        *_costs([r for name in ("table1", "table2", "table3") for r in tables[name]], "make table1 table2 table3" + scale),
+        *_costs(
+            [r for name in ("table1", "table2", "table3") for r in tables[name]], "make table1 table2 table3" + scale
+        ),
     ]
 
 
@@ -176,9 +178,9 @@ def _beats_at_every_lower_rank(name: str, pairs: Sequence[tuple[str, Run, Run]],
     verdict = NOT_SUPPORTED if worse else SUPPORTED if better == len(differences) else UNDECIDED
     weakest = min((at for at, _ in differences), key=lambda at: at.value)
     note = (
-        f"points at the rank where QDyLoRA leads least (rank {weakest.rank}). Of {len(differences)} pairs of a lower rank "
-        f"and a column, QDyLoRA is better at {better} and worse at {worse}, after Holm's correction for the ranks; its "
-        f"held-out loss is lower at {lower_loss} of {losses}. {_seeds(weakest)}"
+        f"points at the rank where QDyLoRA leads least (rank {weakest.rank}). Of {len(differences)} pairs of a lower "
+        f"rank and a column, QDyLoRA is better at {better} and worse at {worse}, after Holm's correction for the ranks; "
+        f"its held-out loss is lower at {lower_loss} of {losses}. {_seeds(weakest)}"
     )
     return _claim(name, verdict, *_points(weakest), weakest.n, command, note)
 
@@ -197,9 +199,15 @@ def _fits(forecasts: Sequence[dict]) -> Claim:
         return _unrun("C3", command, "needs the three memory forecasts that the command makes")
     fits = {at: found[at]["needed_bytes"] <= found[at]["gpu_bytes"] for at in wanted}
     verdict = SUPPORTED if fits == wanted else NOT_SUPPORTED
-    needs = ", ".join(f"{model} with {method} {found[model, method]['needed_bytes'] / GB:.1f}" for model, method in wanted)
-    least = min((1 if fit else -1) * (found[at]["gpu_bytes"] - found[at]["needed_bytes"]) / GB for at, fit in wanted.items())
-    note = f"GB to spare at the closest of the three, negative where a part fails. Forecast peaks in GB: {needs}. Not run."
+    needs = ", ".join(
+        f"{model} with {method} {found[model, method]['needed_bytes'] / GB:.1f}" for model, method in wanted
+    )
+    least = min(
+        (1 if fit else -1) * (found[at]["gpu_bytes"] - found[at]["needed_bytes"]) / GB for at, fit in wanted.items()
+    )
+    note = (
+        f"GB to spare at the closest of the three, negative where a part fails. Forecast peaks, GB: {needs}. Not run."
+    )
     return _claim("C3", verdict, least, None, len(wanted), command, note)
 
 
@@ -219,9 +227,9 @@ def _semi_sorted(study: Study, command: str) -> Claim:
     (by_score, by_loss), curve = found[0]
     verdict = SUPPORTED if by_score.beyond_noise else NOT_SUPPORTED if not by_score.out_of_order.value else UNDECIDED
     note = (
-        f"pairs of {by_score.pairs} out of order by the benchmark's score, uniform draw, the scale's own budget; beyond "
-        f"noise after Holm's correction: {by_score.beyond_noise}. Best rank {by_score.best_rank.value:g}. By held-out "
-        f"loss {by_loss.out_of_order.value:g} out of order, {by_loss.beyond_noise} beyond noise, best rank "
+        f"pairs of {by_score.pairs} out of order by the benchmark's score, uniform draw, the scale's own budget; "
+        f"beyond noise after Holm's correction: {by_score.beyond_noise}. Best rank {by_score.best_rank.value:g}. By "
+        f"held-out loss {by_loss.out_of_order.value:g} out of order, {by_loss.beyond_noise} beyond noise, best rank "
         f"{by_loss.best_rank.value:g}."
     )
     measure = by_score.out_of_order
@@ -268,16 +276,18 @@ def _costs(records: Sequence[Record], command: str) -> list[Claim]:
     seconds = _ratio([new["seconds"] / (ranks * old["seconds"]) for new, old in spent])
     peaks = _ratio([new.raw["peak_memory_bytes"] / old.raw["peak_memory_bytes"] for new, old in pairs])
     per_rank = (
-        f"over {ranks} QLoRA runs, one for each rank evaluated, with the same budget each. QLoRA was run at its largest "
-        "rank alone; a run at a lower rank is taken to cost the same, since the base does nearly all the work"
+        f"over {ranks} QLoRA runs, one for each rank evaluated, with the same budget each. QLoRA was run at its "
+        "largest rank alone; a run at a lower rank is taken to cost the same, since the base does nearly all the work"
+    )
+    one_run = (
+        "ratio of peak training memory to one QLoRA run, geometric mean of cells; runs for several ranks follow one "
+        "another, so their peaks do not add up"
     )
     return [
         _cheaper("C5 steps", steps, len(pairs), command, f"ratio {per_rank}; exact"),
-        _cheaper("C5 time", seconds, len(pairs), command, f"ratio of training seconds {per_rank}; geometric mean of cells"),
-        _cheaper("C5 memory", peaks, len(pairs), command,
-                 "ratio of peak training memory to one QLoRA run, geometric mean of cells; runs for several ranks follow "
-                 "one another, so their peaks do not add up"),
-    ]  # fmt: skip
+        _cheaper("C5 time", seconds, len(pairs), command, f"ratio of seconds {per_rank}; geometric mean of cells"),
+        _cheaper("C5 memory", peaks, len(pairs), command, one_run),
+    ]
 
 
 def _ratio(ratios: Sequence[float]) -> tuple[float, tuple[float, float] | None]:

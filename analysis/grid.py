@@ -130,7 +130,8 @@ class Run:
     def _agreeing_items(self, record: Record) -> pd.DataFrame:
         frame = items(record, self.task, "test")
         for rank, score in record.split(self.task, "test")["ranks"].items():
-            if abs(score["value"] / record.unit(self.task) - frame[int(rank)].mean()) > 5e-4:  # room for a score rounded to 3 digits
+            fraction = score["value"] / record.unit(self.task)
+            if abs(fraction - frame[int(rank)].mean()) > 5e-4:  # room for a score rounded to 3 digits
                 raise ValueError(
                     f"{record.folder}: the record says {score['value']} for {self.task} test at rank {rank}, "
                     f"its items average {frame[int(rank)].mean():.4f}. Delete it and run the cell again."

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from analysis.records import Record, budget_of, item_groups
 from analysis.stats import Bootstrap
 
-
 CHANCE = {"mmlu": 25}  # percent, by guessing
 
 
@@ -52,7 +51,11 @@ def missing_models(records: Sequence[Record], paper: Sequence[str]) -> list[str]
     """Says so where the models run are not the paper's."""
     run = sorted({record.cell["model"] for record in records})
     missing = [model for model in paper if model not in run]
-    return [f"Of the paper's models, not run at this scale: {', '.join(missing)}. Run: {', '.join(run)}."] if missing else []
+    return (
+        [f"Of the paper's models, not run at this scale: {', '.join(missing)}. Run: {', '.join(run)}."]
+        if missing
+        else []
+    )
 
 
 def reading(how: Bootstrap) -> list[str]:

@@ -187,16 +187,14 @@ def _rank_rows(about: dict, ranks: dict, base: dict | None) -> list[dict]:
     scores = [(int(rank), score) for rank, score in ranks.items()]
     if base is not None:
         scores.append((None, base))
-    return [
-        {**about, "rank": rank, "value": float(score["value"]), "stderr": _stderr(score)}
-        for rank, score in scores
-    ]
+    return [{**about, "rank": rank, "value": float(score["value"]), "stderr": _stderr(score)} for rank, score in scores]
 
 
 def items(record: Record, task: str, split: str) -> pd.DataFrame:
     """Outcomes of one split: rows items (index: item hash), columns ranks (ascending), values the metric.
 
-    Of BLEU, which is no mean over items, the values are pseudo-values in fractions (`bleu.pseudo_values`). An item that occurs several times has the keys hash, hash#1, ... so that every row can be aligned.
+    Of BLEU, which is no mean over items, the values are pseudo-values in fractions (`bleu.pseudo_values`). An item
+    that occurs several times has the keys hash, hash#1, ... so that every row can be aligned.
     Raises ValueError naming the file if it is broken, incomplete or outside the record's folder.
     """
     path, lines = _item_lines(record, task, split)

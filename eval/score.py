@@ -78,7 +78,7 @@ def _without_lm_eval_progress() -> Iterator[None]:
 
 
 def _metrics(result: dict, task: Task, benchmark) -> dict[str, float]:
-    """The main metric's value and standard error (None for BLEU, which has none in closed form), and all others by name."""
+    """The main metric's value and standard error (None for BLEU, which has no closed form), and all others by name."""
     metrics = result["results"][task.name]
     main = f"{benchmark.metric},{benchmark.filter}"
     stderr = metrics.get(main.replace(",", "_stderr,")) if benchmark.metric != "bleu" else None

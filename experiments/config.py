@@ -103,7 +103,7 @@ class Optim:
 
 @dataclass
 class Ranks:
-    """cuts: how a static adapter (draw.kind fixed) is also scored at lower ranks, beside truncation; see `qdylora.cut`."""
+    """cuts: how a static adapter (draw.kind fixed) is scored at lower ranks beside truncation; see `qdylora.cut`."""
 
     r_min: int = 1
     r_max: int = 64
@@ -251,7 +251,10 @@ def validate(c: Config) -> None:
         **{f"tasks.num_fewshot.{name}": (n, 0) for name, n in c.tasks.num_fewshot.items()},
         **{
             f"tasks.{name}.{split}": (n, 1)
-            for name, limit in {"limit": c.tasks.limit, **{f"limit_of.{k}": v for k, v in c.tasks.limit_of.items()}}.items()
+            for name, limit in {
+                "limit": c.tasks.limit,
+                **{f"limit_of.{k}": v for k, v in c.tasks.limit_of.items()},
+            }.items()
             for split, n in vars(limit).items()
             if n is not None
         },

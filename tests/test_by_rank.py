@@ -175,7 +175,7 @@ def test_every_claim_has_a_verdict_and_an_unrun_one_has_no_number(records):
     for name in ("C1", "C2", "C2b", "C3", "C5 steps", "C5 time", "C5 memory"):
         claim = found[name]
         assert (claim.verdict, claim.effect, claim.interval, claim.n) == ("not decided at this scale", None, None, 0)
-    assert found["C4"].effect is not None and "make semi_sorted SCALE=mini" == found["C4"].command
+    assert found["C4"].effect is not None and found["C4"].command == "make semi_sorted SCALE=mini"
 
 
 def test_c2_is_supported_refuted_or_open_as_the_items_say(records):
@@ -185,9 +185,7 @@ def test_c2_is_supported_refuted_or_open_as_the_items_say(records):
     won = verdicts([new, bare])["C2"]
     assert won.verdict == "supported" and won.effect > 0 and won.interval[0] > 0 and won.n == 30
     assert "better at 6 and worse at 0" in won.note
-    swapped = [
-        changed(r, cell=r.cell | {"method": m}, name=r.name + m) for r, m in ((new, "qlora"), (bare, "qdylora"))
-    ]
+    swapped = [changed(r, cell=r.cell | {"method": m}, name=r.name + m) for r, m in ((new, "qlora"), (bare, "qdylora"))]
     lost = verdicts(swapped)["C2"]
     assert lost.verdict == "not supported" and lost.effect < 0
     twins = [changed(r, cell=r.cell | {"method": m}, name=m) for r, m in ((bare, "qlora"), (bare, "qdylora"))]

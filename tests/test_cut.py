@@ -81,6 +81,8 @@ def test_afterwards_the_adapter_is_as_before_even_after_an_error(model, how):
 
 
 def test_an_unknown_way_is_refused(model):
-    with pytest.raises(ValueError, match="cut is 'magic'; choose one of truncate, truncate_alpha_over_b, svd"):
-        with cut(model, "magic"):
-            pass
+    with (
+        pytest.raises(ValueError, match="cut is 'magic'; choose one of truncate, truncate_alpha_over_b, svd"),
+        cut(model, "magic"),
+    ):
+        pass

@@ -1,4 +1,4 @@
-"""Measures of sortedness, tests corrected for many ranks, and BLEU's pseudo-values: against loops, scipy and simulation."""
+"""Measures of sortedness, tests corrected for many ranks, BLEU by item: against loops, scipy and simulation."""
 
 from itertools import combinations, product
 
@@ -174,7 +174,12 @@ def test_a_change_is_paired_and_of_equal_curves_nothing():
 
 
 def corpora():
-    words = ["the capital of chad is n'djamena", "its currency is the franc", "gold has the symbol au", "it is in africa"]
+    words = [
+        "the capital of chad is n'djamena",
+        "its currency is the franc",
+        "gold has the symbol au",
+        "it is in africa",
+    ]
     rng = np.random.default_rng(10)
     for hypothesis, reference in product(words, words):
         cut = rng.integers(3, 7)

@@ -13,7 +13,12 @@ def config(model="llama-7b", data="alpaca", method="qlora", **settings):
         "scale": "paper",
         "model": {"name": model, "recipe": recipe if model != "falcon-40b" else recipe | {"lora_dropout": 0.05}},
         "data": {"name": data, "recipe": "all"},
-        "method": {"name": method, "bits": 4, "alpha": 16.0, "scale": "constant" if method == "qlora" else "alpha_over_b"},
+        "method": {
+            "name": method,
+            "bits": 4,
+            "alpha": 16.0,
+            "scale": "constant" if method == "qlora" else "alpha_over_b",
+        },
         "ranks": {"r_max": 64},
         "budget": {"steps": 10000},
         "optim": {"lr": 2e-4, "lora_dropout": 0.1},

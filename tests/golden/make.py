@@ -2,8 +2,8 @@
 
 The records are only made where there are none, so that a change of the tables does not change them. Invented
 outcomes of one model:
-    records      Table 1: Alpaca with both methods, OASST1 with three seeds, Self-Instruct whose QLoRA ran out of memory,
-                 FLAN-v2 whose QDyLoRA failed and whose QLoRA was not run
+    records      Table 1: Alpaca with both methods, OASST1 with three seeds, Self-Instruct whose QLoRA ran out of
+                 memory, FLAN-v2 whose QDyLoRA failed and whose QLoRA was not run
     table2       WebGLM (BLEU) and GSM8K with both methods; QLoRA also truncated with alpha/b and cut by SVD
     table3       GSM8K with three methods, TriviaQA whose DyLoRA met OOM; a second model whose DyLoRA is forecast OOM
     semi_sorted  three draws at three budgets on GSM8K, with held-out items
@@ -58,7 +58,7 @@ def outcomes(rng: np.random.Generator, method: str, hard: np.ndarray) -> np.ndar
 
 
 def ngrams(rng: np.random.Generator, method: str, hard: np.ndarray) -> np.ndarray:
-    """What BLEU counts of answers of 9 to 11 words, (items, ranks, 10): lengths, matches and totals of 1- to 4-grams."""
+    """What BLEU counts of answers of 9 to 11 words, (items, ranks, 10): lengths, n-gram matches and totals."""
     length = rng.integers(9, 12, size=(len(hard), len(RANKS)))
     share = 0.4 + 0.5 * np.array(SKILL[method]) + 0.1 * (1 - hard[:, None])
     totals = np.stack([length - n for n in range(4)], axis=-1)
