@@ -3,7 +3,6 @@
 python -m analysis.claims outputs/mini    prints the verdicts and writes them beside the tables
 """
 
-import json
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from analysis.forecasts import forecasts
 from analysis.grid import METHODS, Grid, Run, difference_support, key
 from analysis.layout import Block, Cell, Row, Table, to_csv, to_latex, to_markdown
 from analysis.records import Record, check_comparable, load
@@ -61,11 +61,11 @@ class Claim:
     note: str
 
 
-def claims(records: Sequence[Record], forecasts: Sequence[dict] = (), how: Bootstrap = DEFAULT) -> list[Claim]:
+def claims(records: Sequence[Record], memory: Sequence[dict] = (), how: Bootstrap = DEFAULT) -> list[Claim]:
     """The verdict on every claim, in order of its name, from all records at hand (of any table, one scale).
 
-    `forecasts` are the memory forecasts at hand: model, method, gpu_bytes, needed_bytes. ValueError for records of
-    several scales, or that may not be compared.
+    `memory` are the forecasts at hand (`Forecast.for_claims`): model, method, gpu_bytes, needed_bytes. ValueError for
+    records of several scales, or that may not be compared.
     """
     scales = {record.cell["scale"] for record in records}
     if len(scales) != 1:
@@ -83,7 +83,7 @@ def claims(records: Sequence[Record], forecasts: Sequence[dict] = (), how: Boots
         _at_least_as_good(tables["table1"], "make table1" + scale, how),
         _beats_at_every_lower_rank("C2", by_rank, BASE, "make table2 table3" + scale),
         _beats_at_every_lower_rank("C2b", by_rank, f"{BASE}:svd", "make table2" + scale),
-        _fits(forecasts),
+        _fits(memory),
         _semi_sorted(study, "make semi_sorted" + scale),
         _more_under_a_smaller_budget(study, "make semi_sorted" + scale),
         *_costs(
@@ -179,7 +179,7 @@ def _beats_at_every_lower_rank(name: str, pairs: Sequence[tuple[str, Run, Run]],
     weakest = min((at for at, _ in differences), key=lambda at: at.value)
     note = (
         f"points at the rank where QDyLoRA leads least (rank {weakest.rank}). Of {len(differences)} pairs of a lower "
-        f"rank and a column, QDyLoRA is better at {better} and worse at {worse}, after Holm's correction for the ranks; "
+        f"rank and a column, QDyLoRA is better at {better} and worse at {worse} after Holm's correction for the ranks; "
         f"its held-out loss is lower at {lower_loss} of {losses}. {_seeds(weakest)}"
     )
     return _claim(name, verdict, *_points(weakest), weakest.n, command, note)
@@ -188,12 +188,12 @@ def _beats_at_every_lower_rank(name: str, pairs: Sequence[tuple[str, Run, Run]],
 # C3 --------------------------------------------------------------------------------------------------
 
 
-def _fits(forecasts: Sequence[dict]) -> Claim:
+def _fits(memory: Sequence[dict]) -> Claim:
     command = " && ".join(
         f"make forecast MODEL={model} METHOD={method} GPU=32"
         for model, method in (("llama2_13b", "dylora"), ("llama2_13b", "qdylora"), ("falcon_40b", "qdylora"))
     )
-    found = {(key(f["model"]), f["method"]): f for f in forecasts if round(f["gpu_bytes"] / GB) == 32}
+    found = {(key(f["model"]), f["method"]): f for f in memory if round(f["gpu_bytes"] / GB) == 32}
     wanted = {("llama2_13b", "dylora"): False, ("llama2_13b", "qdylora"): True, ("falcon_40b", "qdylora"): True}
     if not set(wanted) <= set(found):
         return _unrun("C3", command, "needs the three memory forecasts that the command makes")
@@ -334,8 +334,8 @@ def _effect(claim: Claim) -> Cell:
 def main(folder: Path) -> None:
     """Decide the claims from the records of every table in `folder` (outputs/<scale>)."""
     records = [record for table in sorted(folder.glob("*/")) for record in load(table)]
-    forecasts = [json.loads(file.read_text()) for file in sorted(folder.glob("forecast/*.json"))]
-    table = claims_table(claims(records, forecasts), folder.name)
+    asked = [forecast.for_claims() for forecast in forecasts(folder) if forecast.gpu]
+    table = claims_table(claims(records, asked), folder.name)
     for suffix, render in (("md", to_markdown), ("tex", to_latex), ("csv", to_csv)):
         (folder / f"claims.{suffix}").write_text(render(table), encoding="utf-8")
     print(to_markdown(table))

@@ -202,14 +202,14 @@ FORECASTS = [
 
 def test_c3_needs_all_three_forecasts(records):
     some = records["table2"]
-    found = verdicts(some, forecasts=FORECASTS)["C3"]
+    found = verdicts(some, memory=FORECASTS)["C3"]
     assert found.verdict == "supported" and found.effect == pytest.approx(2) and "34.0" in found.note
-    assert verdicts(some, forecasts=FORECASTS[:2])["C3"].verdict == "not decided at this scale"
+    assert verdicts(some, memory=FORECASTS[:2])["C3"].verdict == "not decided at this scale"
     too_large = [*FORECASTS[:2], FORECASTS[2] | {"needed_bytes": 35 * 2**30}]
-    refuted = verdicts(some, forecasts=too_large)["C3"]
+    refuted = verdicts(some, memory=too_large)["C3"]
     assert refuted.verdict == "not supported" and refuted.effect == pytest.approx(-3)
     other_gpu = [forecast | {"gpu_bytes": 80 * 2**30} for forecast in FORECASTS]
-    assert verdicts(some, forecasts=other_gpu)["C3"].verdict == "not decided at this scale"
+    assert verdicts(some, memory=other_gpu)["C3"].verdict == "not decided at this scale"
 
 
 def test_c5_is_counted_from_what_was_spent(records):
