@@ -13,7 +13,7 @@ INSTALLED := $(VENV)/.installed-$(shell (cat requirements.lock; echo $(MODEL_PAC
 # Each is the name of a file of conf/table.
 TABLES := table1 table2 table3 table4 semi_sorted
 
-.PHONY: help setup test lint smoke $(TABLES) claims samples clean bench-train lock
+.PHONY: help setup test lint smoke $(TABLES) claims samples clean test-exact bench bench-train bench-score prefetch lock
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -52,8 +52,19 @@ lint: setup  ## check style
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 
+test-exact: setup  ## scoring against stock lm-eval on many real questions at all ranks (hours)
+	$(PYTHON) -m pytest tests/test_exactness.py --exact
+
+bench: bench-train bench-score  ## both benchmarks
+
 bench-train: setup  ## time and memory of a training step against stock PEFT QLoRA
 	$(PYTHON) -m experiments.bench_train
+
+bench-score: setup  ## time of scoring at seven ranks against stock lm-eval
+	MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296 $(PYTHON) -m experiments.bench_score
+
+prefetch: setup  ## download what a table needs, for machines without internet (SCALE, ARGS)
+	$(PYTHON) -m experiments.prefetch scale=$(SCALE) $(ARGS)
 
 clean:  ## remove caches; results in outputs/ stay
 	rm -rf .pytest_cache .ruff_cache .hypothesis

@@ -21,7 +21,7 @@ def samples(cell: Cell) -> str:
     engine, tokenizer = ranked(cell, c.samples.ranks)
     lm = RankedLM(engine, tokenizer)
     lm.what = "answering"
-    (asked,) = task(c, c.tasks.benchmarks[0], "test").loaded["tasks"].values()
+    (asked,) = task(c, c.tasks.benchmarks[0], "test").ready()["tasks"].values()
     asked.build_all_requests()
     instances = asked.instances[: c.samples.items]
     with dequantized(engine.model, c.tasks.dequantize):
