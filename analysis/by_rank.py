@@ -5,8 +5,20 @@ from dataclasses import replace
 
 import pandas as pd
 
-from analysis.grid import DATA_NAMES, METHODS, MODELS, STATIC, Grid, Run, difference_support, key, mean_score, ordered
-from analysis.grid import percent, points
+from analysis.grid import (
+    DATA_NAMES,
+    METHODS,
+    MODELS,
+    STATIC,
+    Grid,
+    Run,
+    difference_support,
+    key,
+    mean_score,
+    ordered,
+    percent,
+    points,
+)
 from analysis.layout import Block, Cell, Row, Table
 from analysis.notes import missing_models, protocol, ranks_tested, reading, scope
 from analysis.records import Record, check_comparable
@@ -36,7 +48,8 @@ class _Columns:
         every = [*records, *(record.cut(cut) for record in records for cut in record.cuts)]
         names = ordered({key(record.cell["data"]) for record in every}, DATA_ORDER)
         self.grids = {
-            data: Grid([record for record in every if key(record.cell["data"]) == data], data, how) for data in names
+            data: Grid([record for record in every if key(record.cell["data"]) == data], data, how, among=every)
+            for data in names
         }
         self.methods = ordered({record.cell["method"] for record in every}, list(METHODS))
         self.models = ordered({record.cell["model"] for record in records}, MODELS)
@@ -44,8 +57,9 @@ class _Columns:
 
     @property
     def places(self) -> list[tuple[Grid, str, str]]:
-        """(grid, model, data) of every group of rows."""
-        return [(grid, model, data) for model in self.models for data, grid in self.grids.items()]
+        """(grid, model, data) of every group of rows: those with a cell that ended, well or not."""
+        every = [(grid, model, data) for model in self.models for data, grid in self.grids.items()]
+        return [place for place in every if any(place[1:] == at[:2] for at in place[0].cells)]
 
     def ranks(self, grid: Grid, model: str, data: str) -> list[int]:
         """All ranks scored there; those of the configuration where every cell was lost."""
@@ -78,14 +92,10 @@ def _by_rank(
     shown = tuple(block for block in blocks if any(str(cell) for row in block.rows for cell in row.cells))
     cut = any(":" in method for method in columns.methods)
     heads = tuple("QLoRA, alpha/r" if cut and m == "qlora" else METHODS.get(m, m) for m in columns.methods)
-    lost = [note for grid in columns.grids.values() for note in grid.lost_notes() if ":svd" not in note]
+    lost = [note for grid in columns.grids.values() for note in grid.lost_notes()]
     notes = [*protocol(records, *columns.grids), *missing_models(records, paper), *reading(how), *ranks_tested(cut)]
-    return Table(f"{name} ({scope(records)})", ("model", "data set", "rank", *heads), shown, (*notes, *unique(lost)))
-
-
-def unique(notes: Sequence[str]) -> list[str]:
-    """The notes without repeats: a lost cell stands in several columns."""
-    return list(dict.fromkeys(notes))
+    header = ("model", "data set", "rank", *heads)
+    return Table(f"{name} ({scope(records)})", header, shown, (*notes, *dict.fromkeys(lost)))
 
 
 def _scores(columns: _Columns) -> tuple[Row, ...]:

@@ -3,7 +3,6 @@
 python -m analysis.claims outputs/mini    prints the verdicts and writes them beside the tables
 """
 
-import json
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from analysis.forecasts import forecasts
 from analysis.grid import METHODS, Grid, Run, difference_support, key
 from analysis.layout import Block, Cell, Row, Table, to_csv, to_latex, to_markdown
 from analysis.records import Record, check_comparable, load
@@ -33,7 +33,7 @@ STATEMENTS = {
     "C1": "QDyLoRA at its best rank is at least as good as QLoRA on MMLU",
     "C2": "QDyLoRA beats truncated QLoRA at every lower rank",
     "C2b": "QDyLoRA beats QLoRA cut by SVD at every lower rank",
-    "C3": "16-bit DyLoRA on a 13B model does not fit 32 GB, QDyLoRA does; Falcon-40B with ranks 1..64 fits one 32 GB GPU",
+    "C3": "16-bit DyLoRA on a 13B model does not fit 32 GB, QDyLoRA does; Falcon-40B with ranks 1..64 fits a 32 GB GPU",
     "C4": "Ranks are semi-sorted: some higher rank is worse than a lower one",
     "C4b": "A smaller budget leaves more pairs of ranks out of order",
     "C5 steps": "One QDyLoRA run takes fewer steps than a QLoRA run per rank",
@@ -61,11 +61,11 @@ class Claim:
     note: str
 
 
-def claims(records: Sequence[Record], forecasts: Sequence[dict] = (), how: Bootstrap = DEFAULT) -> list[Claim]:
+def claims(records: Sequence[Record], memory: Sequence[dict] = (), how: Bootstrap = DEFAULT) -> list[Claim]:
     """The verdict on every claim, in order of its name, from all records at hand (of any table, one scale).
 
-    `forecasts` are the memory forecasts at hand: model, method, gpu_bytes, needed_bytes. ValueError for records of
-    several scales, or that may not be compared.
+    `memory` are the forecasts at hand (`Forecast.for_claims`): model, method, gpu_bytes, needed_bytes. ValueError for
+    records of several scales, or that may not be compared.
     """
     scales = {record.cell["scale"] for record in records}
     if len(scales) != 1:
@@ -83,10 +83,12 @@ def claims(records: Sequence[Record], forecasts: Sequence[dict] = (), how: Boots
         _at_least_as_good(tables["table1"], "make table1" + scale, how),
         _beats_at_every_lower_rank("C2", by_rank, BASE, "make table2 table3" + scale),
         _beats_at_every_lower_rank("C2b", by_rank, f"{BASE}:svd", "make table2" + scale),
-        _fits(forecasts),
-        _semi_sorted(study, "make semi-sorted" + scale),
-        _more_under_a_smaller_budget(study, "make semi-sorted" + scale),
-        *_costs([r for name in ("table1", "table2", "table3") for r in tables[name]], "make table1 table2 table3" + scale),
+        _fits(memory),
+        _semi_sorted(study, "make semi_sorted" + scale),
+        _more_under_a_smaller_budget(study, "make semi_sorted" + scale),
+        *_costs(
+            [r for name in ("table1", "table2", "table3") for r in tables[name]], "make table1 table2 table3" + scale
+        ),
     ]
 
 
@@ -176,9 +178,9 @@ def _beats_at_every_lower_rank(name: str, pairs: Sequence[tuple[str, Run, Run]],
     verdict = NOT_SUPPORTED if worse else SUPPORTED if better == len(differences) else UNDECIDED
     weakest = min((at for at, _ in differences), key=lambda at: at.value)
     note = (
-        f"points at the rank where QDyLoRA leads least (rank {weakest.rank}). Of {len(differences)} pairs of a lower rank "
-        f"and a column, QDyLoRA is better at {better} and worse at {worse}, after Holm's correction for the ranks; its "
-        f"held-out loss is lower at {lower_loss} of {losses}. {_seeds(weakest)}"
+        f"points at the rank where QDyLoRA leads least (rank {weakest.rank}). Of {len(differences)} pairs of a lower "
+        f"rank and a column, QDyLoRA is better at {better} and worse at {worse} after Holm's correction for the ranks; "
+        f"its held-out loss is lower at {lower_loss} of {losses}. {_seeds(weakest)}"
     )
     return _claim(name, verdict, *_points(weakest), weakest.n, command, note)
 
@@ -186,20 +188,26 @@ def _beats_at_every_lower_rank(name: str, pairs: Sequence[tuple[str, Run, Run]],
 # C3 --------------------------------------------------------------------------------------------------
 
 
-def _fits(forecasts: Sequence[dict]) -> Claim:
+def _fits(memory: Sequence[dict]) -> Claim:
     command = " && ".join(
         f"make forecast MODEL={model} METHOD={method} GPU=32"
         for model, method in (("llama2_13b", "dylora"), ("llama2_13b", "qdylora"), ("falcon_40b", "qdylora"))
     )
-    found = {(key(f["model"]), f["method"]): f for f in forecasts if round(f["gpu_bytes"] / GB) == 32}
+    found = {(key(f["model"]), f["method"]): f for f in memory if round(f["gpu_bytes"] / GB) == 32}
     wanted = {("llama2_13b", "dylora"): False, ("llama2_13b", "qdylora"): True, ("falcon_40b", "qdylora"): True}
     if not set(wanted) <= set(found):
         return _unrun("C3", command, "needs the three memory forecasts that the command makes")
     fits = {at: found[at]["needed_bytes"] <= found[at]["gpu_bytes"] for at in wanted}
     verdict = SUPPORTED if fits == wanted else NOT_SUPPORTED
-    needs = ", ".join(f"{model} with {method} {found[model, method]['needed_bytes'] / GB:.1f}" for model, method in wanted)
-    least = min((1 if fit else -1) * (found[at]["gpu_bytes"] - found[at]["needed_bytes"]) / GB for at, fit in wanted.items())
-    note = f"GB to spare at the closest of the three, negative where a part fails. Forecast peaks in GB: {needs}. Not run."
+    needs = ", ".join(
+        f"{model} with {method} {found[model, method]['needed_bytes'] / GB:.1f}" for model, method in wanted
+    )
+    least = min(
+        (1 if fit else -1) * (found[at]["gpu_bytes"] - found[at]["needed_bytes"]) / GB for at, fit in wanted.items()
+    )
+    note = (
+        f"GB to spare at the closest of the three, negative where a part fails. Forecast peaks, GB: {needs}. Not run."
+    )
     return _claim("C3", verdict, least, None, len(wanted), command, note)
 
 
@@ -219,9 +227,9 @@ def _semi_sorted(study: Study, command: str) -> Claim:
     (by_score, by_loss), curve = found[0]
     verdict = SUPPORTED if by_score.beyond_noise else NOT_SUPPORTED if not by_score.out_of_order.value else UNDECIDED
     note = (
-        f"pairs of {by_score.pairs} out of order by the benchmark's score, uniform draw, the scale's own budget; beyond "
-        f"noise after Holm's correction: {by_score.beyond_noise}. Best rank {by_score.best_rank.value:g}. By held-out "
-        f"loss {by_loss.out_of_order.value:g} out of order, {by_loss.beyond_noise} beyond noise, best rank "
+        f"pairs of {by_score.pairs} out of order by the benchmark's score, uniform draw, the scale's own budget; "
+        f"beyond noise after Holm's correction: {by_score.beyond_noise}. Best rank {by_score.best_rank.value:g}. By "
+        f"held-out loss {by_loss.out_of_order.value:g} out of order, {by_loss.beyond_noise} beyond noise, best rank "
         f"{by_loss.best_rank.value:g}."
     )
     measure = by_score.out_of_order
@@ -259,6 +267,7 @@ def _costs(records: Sequence[Record], command: str) -> list[Claim]:
     done = {(r.cell["table"], r.cell["model"], key(r.cell["data"]), r.cell["seed"], r.cell["method"]): r
             for r in records if r.done}  # fmt: skip
     pairs = [(new, done[(*at[:-1], BASE)]) for at, new in done.items() if at[-1] == NEW and (*at[:-1], BASE) in done]
+    pairs = [pair for pair in pairs if all("peak_memory_bytes" in record.raw for record in pair)]
     if not pairs:
         return [_unrun(name, command, "no cell of QLoRA and QDyLoRA") for name in STATEMENTS if name.startswith("C5")]
     ranks = len(pairs[0][0].raw["heldout"]["ranks"])
@@ -267,16 +276,18 @@ def _costs(records: Sequence[Record], command: str) -> list[Claim]:
     seconds = _ratio([new["seconds"] / (ranks * old["seconds"]) for new, old in spent])
     peaks = _ratio([new.raw["peak_memory_bytes"] / old.raw["peak_memory_bytes"] for new, old in pairs])
     per_rank = (
-        f"over {ranks} QLoRA runs, one for each rank evaluated, with the same budget each. QLoRA was run at its largest "
-        "rank alone; a run at a lower rank is taken to cost the same, since the base does nearly all the work"
+        f"over {ranks} QLoRA runs, one for each rank evaluated, with the same budget each. QLoRA was run at its "
+        "largest rank alone; a run at a lower rank is taken to cost the same, since the base does nearly all the work"
+    )
+    one_run = (
+        "ratio of peak training memory to one QLoRA run, geometric mean of cells; runs for several ranks follow one "
+        "another, so their peaks do not add up"
     )
     return [
         _cheaper("C5 steps", steps, len(pairs), command, f"ratio {per_rank}; exact"),
-        _cheaper("C5 time", seconds, len(pairs), command, f"ratio of training seconds {per_rank}; geometric mean of cells"),
-        _cheaper("C5 memory", peaks, len(pairs), command,
-                 "ratio of peak training memory to one QLoRA run, geometric mean of cells; runs for several ranks follow "
-                 "one another, so their peaks do not add up"),
-    ]  # fmt: skip
+        _cheaper("C5 time", seconds, len(pairs), command, f"ratio of seconds {per_rank}; geometric mean of cells"),
+        _cheaper("C5 memory", peaks, len(pairs), command, one_run),
+    ]
 
 
 def _ratio(ratios: Sequence[float]) -> tuple[float, tuple[float, float] | None]:
@@ -316,15 +327,15 @@ def _effect(claim: Claim) -> Cell:
     if claim.effect is None:
         return Cell()
     low, high = claim.interval or (None, None)
-    ratio = claim.name.startswith("C5")
-    return Cell(claim.effect, low=low, high=high, digits=3 if ratio else 1, signed=not ratio)
+    ratio, count = claim.name.startswith("C5"), claim.name == "C4"
+    return Cell(claim.effect, low=low, high=high, digits=3 if ratio else 0 if count else 1, signed=not (ratio or count))
 
 
 def main(folder: Path) -> None:
     """Decide the claims from the records of every table in `folder` (outputs/<scale>)."""
     records = [record for table in sorted(folder.glob("*/")) for record in load(table)]
-    forecasts = [json.loads(file.read_text()) for file in sorted(folder.glob("forecast/*.json"))]
-    table = claims_table(claims(records, forecasts), folder.name)
+    asked = [forecast.for_claims() for forecast in forecasts(folder) if forecast.gpu]
+    table = claims_table(claims(records, asked), folder.name)
     for suffix, render in (("md", to_markdown), ("tex", to_latex), ("csv", to_csv)):
         (folder / f"claims.{suffix}").write_text(render(table), encoding="utf-8")
     print(to_markdown(table))

@@ -130,7 +130,8 @@ class Run:
     def _agreeing_items(self, record: Record) -> pd.DataFrame:
         frame = items(record, self.task, "test")
         for rank, score in record.split(self.task, "test")["ranks"].items():
-            if abs(score["value"] / record.unit(self.task) - frame[int(rank)].mean()) > 5e-4:  # room for a score rounded to 3 digits
+            fraction = score["value"] / record.unit(self.task)
+            if abs(fraction - frame[int(rank)].mean()) > 5e-4:  # room for a score rounded to 3 digits
                 raise ValueError(
                     f"{record.folder}: the record says {score['value']} for {self.task} test at rank {rank}, "
                     f"its items average {frame[int(rank)].mean():.4f}. Delete it and run the cell again."
@@ -144,9 +145,12 @@ def difference_support(run: Run) -> tuple[float, float]:
 
 
 class Grid:
-    """All cells of a table. Raises ValueError for two records of one cell, or one not scored on the task."""
+    """All cells of a table, or those of one task. Raises ValueError for two records of one cell, or one not scored on
+    the task. `among`: all records of the table, over which its failures are numbered."""
 
-    def __init__(self, records: Sequence[Record], task: str, how: Bootstrap) -> None:
+    def __init__(
+        self, records: Sequence[Record], task: str, how: Bootstrap, among: Sequence[Record] | None = None
+    ) -> None:
         self.how = how
         self.cells: dict[tuple[str, str, str], dict[int, Record]] = defaultdict(dict)
         for record in sorted(records, key=lambda record: record.cell["seed"]):
@@ -160,7 +164,8 @@ class Grid:
         self.models = ordered({model for model, _, _ in self.cells}, MODELS)
         self.data = ordered({data for _, data, _ in self.cells} | set(DATA), list(DATA))
         self.methods = ordered({method for *_, method in self.cells} | {"qlora", "qdylora"}, list(METHODS))
-        self.failed = sorted((r for r in records if r.raw["status"] == "failed"), key=lambda r: r.name)
+        failed = {record.name: record for record in among or records if record.raw["status"] == "failed"}
+        self.failed = [failed[name] for name in sorted(failed)]  # a record once, in however many ways it was cut
         self.runs = {
             at: Run(tuple(record for record in seeds.values() if record.done), task, how)
             for at, seeds in self.cells.items()
@@ -198,7 +203,8 @@ class Grid:
         oom = sorted(_oom(record) for record in lost if record.raw["status"] == "oom")
         if oom:
             return Cell(text=oom[0])  # met, where one seed ran and another was forecast
-        return Cell(text=", ".join(f"failed [{self.failed.index(record) + 1}]" for record in lost))
+        names = [record.name for record in self.failed]
+        return Cell(text=", ".join(f"failed [{names.index(record.name) + 1}]" for record in lost))
 
 
 def _oom(record: Record) -> str:

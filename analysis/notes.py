@@ -49,9 +49,13 @@ def _asked(records: Sequence[Record], task: str) -> list[str]:
 
 def missing_models(records: Sequence[Record], paper: Sequence[str]) -> list[str]:
     """Says so where the models run are not the paper's."""
-    missing = [model for model in paper if model not in {record.cell["model"] for record in records}]
-    here = ", ".join(sorted({record.cell["model"] for record in records}))
-    return [f"The paper's models {', '.join(missing)} were not run at this scale; {here} was."] if missing else []
+    run = sorted({record.cell["model"] for record in records})
+    missing = [model for model in paper if model not in run]
+    return (
+        [f"Of the paper's models, not run at this scale: {', '.join(missing)}. Run: {', '.join(run)}."]
+        if missing
+        else []
+    )
 
 
 def reading(how: Bootstrap) -> list[str]:

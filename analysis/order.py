@@ -53,9 +53,7 @@ class Change:
     aurac_log2: Measure
 
 
-def order(
-    frames: Frames, how: Bootstrap = DEFAULT, *, higher_is_better: bool, support: tuple[float, float]
-) -> Order:
+def order(frames: Frames, how: Bootstrap = DEFAULT, *, higher_is_better: bool, support: tuple[float, float]) -> Order:
     """Measure one curve; `frames` hold one frame per seed, items x ranks. ValueError for fewer than two ranks."""
     ranks = _ranks(frames)
     centre, draws = resampled(frames, how, support=support)

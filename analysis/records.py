@@ -55,8 +55,12 @@ class Record:
 
     @property
     def cuts(self) -> list[str]:
-        """Other ways than truncation in which the cell's adapter was cut to lower ranks (asked for, if it is lost)."""
-        return list(self.raw.get("cuts", {})) if self.done else self.raw["config"].get("ranks", {}).get("cuts", [])
+        """Other ways than truncation in which the cell's adapter was cut to lower ranks; of a lost cell, was to be."""
+        if self.done:
+            return list(self.raw.get("cuts", {}))
+        config = self.raw["config"]
+        static = config["method"].get("draw", {}).get("kind") == "fixed"
+        return config.get("ranks", {}).get("cuts", []) if static else []
 
     def cut(self, how: str) -> "Record":
         """The same cell with its adapter cut in another way, as if of a method of its own: `qlora:svd`."""
@@ -207,16 +211,14 @@ def _rank_rows(about: dict, ranks: dict, base: dict | None) -> list[dict]:
     scores = [(int(rank), score) for rank, score in ranks.items()]
     if base is not None:
         scores.append((None, base))
-    return [
-        {**about, "rank": rank, "value": float(score["value"]), "stderr": _stderr(score)}
-        for rank, score in scores
-    ]
+    return [{**about, "rank": rank, "value": float(score["value"]), "stderr": _stderr(score)} for rank, score in scores]
 
 
 def items(record: Record, task: str, split: str) -> pd.DataFrame:
     """Outcomes of one split: rows items (index: item hash), columns ranks (ascending), values the metric.
 
-    Of BLEU, which is no mean over items, the values are pseudo-values in fractions (`bleu.pseudo_values`). An item that occurs several times has the keys hash, hash#1, ... so that every row can be aligned.
+    Of BLEU, which is no mean over items, the values are pseudo-values in fractions (`bleu.pseudo_values`). An item
+    that occurs several times has the keys hash, hash#1, ... so that every row can be aligned.
     Raises ValueError naming the file if it is broken, incomplete or outside the record's folder.
     """
     path, lines = _item_lines(record, task, split)

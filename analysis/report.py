@@ -92,9 +92,11 @@ def _states(folder: Path, records: Sequence[Record]) -> list[tuple[Path, str]]:
 def _tables(folder: Path, records: Sequence[Record]) -> list[tuple[str, Table | str]]:
     """Each table with its name, then their settings (Table 4); a refused one with the reason."""
     by_table = {name: some for name in TABLES if (some := [r for r in records if r.folder.parent == folder / name])}
-    found = [(name, _or_reason(TABLES[name], some)) for name, some in by_table.items()]
-    configs = {name: [record.raw["config"] for record in some] for name, some in by_table.items()}
-    return [*found, ("table4", _or_reason(table4, configs))] if found else []
+    found = {name: _or_reason(TABLES[name], some) for name, some in by_table.items()}
+    if found:
+        configs = {name: [record.raw["config"] for record in some] for name, some in by_table.items()}
+        found["table4"] = _or_reason(table4, configs)
+    return sorted(found.items(), key=lambda item: (not item[0].startswith("table"), item[0]))
 
 
 def _or_reason(work: Callable[..., Any], *of: Any) -> Any:

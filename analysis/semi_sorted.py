@@ -124,7 +124,9 @@ def semi_sorted(records: Sequence[Record], how: Bootstrap = DEFAULT) -> Table:
     lost = [f"{r.name}: {r.raw['status']}: {r.raw.get('reason')}" for r in records if not r.done]
     tasks = dict.fromkeys(key(record.cell["data"]) for record in records)
     notes = (*protocol(records, *tasks), *missing_models(records, ("falcon-40b",)), *_reading(how), *lost)
-    return Table(f"Semi-sorted ranks ({scope(records)})", ("model", "data set", "draw", "steps", *COLUMNS), shown, notes)
+    return Table(
+        f"Semi-sorted ranks ({scope(records)})", ("model", "data set", "draw", "steps", *COLUMNS), shown, notes
+    )
 
 
 def _orders(study: Study, reading: Reading, unit: float, digits: int) -> tuple[Row, ...]:
@@ -149,7 +151,9 @@ def _by_budget(study: Study, reading: Reading, unit: float, digits: int) -> tupl
         for method in study.methods(place):
             for steps in more:
                 found = study.change(place, (method, steps), (method, least), reading)
-                rows += _change_row((*_labels(place), DRAWS.get(method, method), f"{steps} - {least}"), found, unit, digits)
+                rows += _change_row(
+                    (*_labels(place), DRAWS.get(method, method), f"{steps} - {least}"), found, unit, digits
+                )
     return tuple(rows)
 
 
@@ -191,12 +195,12 @@ def _labels(place: tuple) -> tuple[str, str]:
 
 def _reading(how: Bootstrap) -> list[str]:
     return [
-        "pairs out of order: pairs of ranks whose higher rank scores worse. beyond noise: those whose difference, paired "
-        "by item, is not zero at the 5% level after Holm's correction for the number of pairs.",
-        "AURAC: area under the score-rank curve by the trapezoid rule, over rank or log2 rank, divided by the width of the "
-        "axis (the metric of MatryoshkaLoRA, arXiv 2605.07850).",
+        "pairs out of order: pairs of ranks whose higher rank scores worse. beyond noise: those whose difference, "
+        "paired by item, is not zero at the 5% level after Holm's correction for the number of pairs.",
+        "AURAC: area under the score-rank curve by the trapezoid rule, over rank or log2 rank, divided by the width of "
+        "the axis (the metric of MatryoshkaLoRA, arXiv 2605.07850).",
         "Changes: of the best rank, the difference of its log2; both curves are resampled together.",
-        f"[low, high]: {100 * how.level:g}% interval, {how.resamples:,} bootstrap resamples of the items, seed {how.seed}. "
-        "Noise puts pairs out of order in a resample too, so that column's interval lies to the high side. "
+        f"[low, high]: {100 * how.level:g}% interval, {how.resamples:,} bootstrap resamples of the items, seed "
+        f"{how.seed}. Noise puts pairs out of order in resamples too, so that column's interval lies on the high side. "
         "With one training seed the intervals say nothing about another training run.",
     ]

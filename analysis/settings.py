@@ -38,7 +38,7 @@ def _notes(known: pd.DataFrame) -> Iterator[str]:
         "the paper: what its text states; its own table of hyper-parameters is in no source we have. It says that "
         "QLoRA's settings were used."
     )
-    yield f"{QLORA}: QLoRA's value, assumed and not known to be the paper's. {OURS}: ours. Unmarked: stated by the paper."
+    yield f"{QLORA}: QLoRA's value, assumed and not known to be the paper's. {OURS}: ours. Unmarked: the paper's."
     for source, rows in known[known.source.notna()].groupby("source", sort=False):
         yield f"{source}: {', '.join(rows.label)}."
 

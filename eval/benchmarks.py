@@ -18,6 +18,7 @@ from lm_eval.config.group import GroupConfig
 from rouge_score.rouge_scorer import RougeScorer
 
 from eval import releases
+from eval.hub import fetched
 
 LM_EVAL_TASKS = Path(lm_eval.__file__).parent / "tasks"
 OUR_TASKS = Path(__file__).parent / "tasks"
@@ -56,6 +57,7 @@ BENCHMARKS = {
         OUR_TASKS / "webglm.yaml", "bleu", "none", {"train": "train", "validation": "validation", "test": "test"}
     ),
 }
+FEWSHOT_SEED = 1234  # lm-eval's default
 FEWSHOT_SPLIT = {"mmlu": "dev", "gsm8k": "train", "triviaqa": "train", "webglm": "train"}
 
 
@@ -79,19 +81,27 @@ def rows(name: str, split: str, root: Path | None) -> list[dict]:
     path = yaml.safe_load(benchmark.yaml.read_text())["dataset_path"]
     carved = split not in benchmark.hub_splits or (name in releases.CARVED and split == "train")
     hub_split = benchmark.hub_splits["train" if carved else split]
-    found = datasets.load_dataset(path, benchmark.hub_name, split=hub_split).to_list()
+    with fetched(path):
+        found = datasets.load_dataset(path, benchmark.hub_name, split=hub_split).to_list()
     return releases.carve(found)[split == "validation"] if carved else found
 
 
 @dataclass(frozen=True)
 class Task:
-    """A benchmark's split, ready for lm-eval: `loaded` is what `evaluate` takes."""
+    """A benchmark's split for lm-eval. `loaded`: its parts (MMLU: subjects) and their groups."""
 
     name: str
     split: str
     loaded: dict
     version: str
     sha256: str
+
+    def ready(self) -> dict:
+        """What lm-eval's `evaluate` takes. Few-shot examples are drawn while requests are built, and the draw
+        goes on from one time to the next: it starts anew here, so that every rank is asked the same."""
+        for part in self.loaded["tasks"].values():
+            part.set_fewshot_seed(FEWSHOT_SEED)
+        return self.loaded
 
     def facts(self) -> dict:
         """What a record says of the task beside its scores."""

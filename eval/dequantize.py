@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import bitsandbytes as bnb
-import psutil
 import torch
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import nn
 
+from eval.memory import free_memory
 from qdylora import lora_layers
 
 
@@ -21,7 +21,8 @@ def dequantized(model: nn.Module, when: str = "auto") -> Iterator[bool]:
     when: `always`, `never`, or `auto` (if twice the space needed is free). Yields whether it was done.
     """
     layers = {n: m for n, m in lora_layers(model).items() if isinstance(m.get_base_layer(), bnb.nn.Linear4bit)}
-    do = bool(layers) and (when == "always" or (when == "auto" and 2 * _needed(layers) <= _free_memory(model)))
+    fits = 2 * _needed(layers) <= free_memory(next(model.parameters()).device)
+    do = bool(layers) and (when == "always" or (when == "auto" and fits))
     packed = {}
     try:
         if do:
@@ -47,9 +48,3 @@ def _needed(layers: dict[str, nn.Module]) -> int:
     """Bytes of the unpacked weights."""
     base_layers = [layer.get_base_layer() for layer in layers.values()]
     return sum(b.in_features * b.out_features * b.compute_dtype.itemsize for b in base_layers)
-
-
-def _free_memory(model: nn.Module) -> int:
-    """Bytes free on the model's device."""
-    device = next(model.parameters()).device
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available

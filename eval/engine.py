@@ -18,6 +18,7 @@ from peft import PeftModel
 from tqdm import tqdm
 
 from eval.decode import Decoding
+from eval.memory import free_memory, kv_bytes
 from eval.plan import Row, Tokens, batches, divide, group_by_trunk, lay_out
 from eval.prefix import PrefixCache, causal, forward, shared_prefix_attention
 from qdylora import gate_of
@@ -26,13 +27,15 @@ log = logging.getLogger(__name__)
 
 HEAD_POSITIONS = 1024  # positions that go through the output head at a time
 SMALLEST_BUDGET = 64
+KV_SHARE = 0.25  # of the free memory, for keys and values of rows that are being decoded
 
 Pair = tuple[Sequence[int], Sequence[int]]
 
 
 @dataclass
 class AllRanks:
-    """The model at every rank of `ranks`. `budget`: tokens of a forward pass, halved when memory runs out."""
+    """The model at every rank of `ranks`. `budget`: tokens of a forward pass, halved when memory runs out, and with
+    it the memory that decoding may take."""
 
     model: PeftModel
     ranks: Sequence[int]
@@ -44,6 +47,7 @@ class AllRanks:
         self.gate = gate_of(self.model)
         self.ranks = [self.gate.checked(b) for b in self.ranks]
         self.base = self.model.get_base_model()
+        self.kv_share = KV_SHARE
 
     def loglikelihood(self, pairs: Sequence[Pair], what: str = "scoring") -> tuple[np.ndarray, np.ndarray]:
         """For (context, continuation) token pairs: the continuation's summed log-probability and whether it is
@@ -138,11 +142,17 @@ class AllRanks:
         answers = {}
         for block in self._rank_blocks(len(group.trunk)):
             own = max(len(prompts[i]) for i in group.members) - len(group.trunk) + max_new_tokens
-            rows = max(1, 2 * self.budget // own)
-            run = Decoding(self, self._trunk(group.trunk, block), block, rows, own, max_new_tokens, stops)
             waiting = [((i, k), prompts[i][len(group.trunk) :]) for i in group.members for k in block]
+            rows = min(len(waiting), self._decoding_rows(own))
+            run = Decoding(self, self._trunk(group.trunk, block), block, rows, own, max_new_tokens, stops)
             answers |= run.all(waiting, on_answer=lambda: self._tick(bar, 1))
         return answers
+
+    def _decoding_rows(self, own: int) -> int:
+        """How many rows of `own` tokens are decoded at once: a pass costs little more for many than for few."""
+        itemsize = torch.float32.itemsize if self.base.device.type == "cpu" else self.base.dtype.itemsize
+        row = own * kv_bytes(self.base.config, itemsize)
+        return max(1, int(self.kv_share * free_memory(self.base.device) / row))
 
     def _trunk(self, trunk: Tokens, block: list[int]) -> PrefixCache:
         """A cache with the trunk's keys and values at each rank of the block."""
@@ -170,6 +180,7 @@ class AllRanks:
                 if not is_out_of_memory(error) or self.budget <= SMALLEST_BUDGET:
                     raise
             self.budget //= 2
+            self.kv_share /= 2
             log.warning("out of memory; going on with batches of %d tokens", self.budget)
             bar.n = before
             if torch.cuda.is_available():

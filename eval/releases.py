@@ -99,7 +99,7 @@ def require(path: Path) -> Path:
     if not path.exists():
         raise FileNotFoundError(
             f"{path} is missing: put the original release file there (layout: {LAYOUT}) "
-            "or fill the folder with `make prefetch` on a machine with internet"
+            "or take the data from the hub with source=hub"
         )
     return path
 

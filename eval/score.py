@@ -20,8 +20,6 @@ from eval.lm import RankedLM
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
-FEWSHOT_SEED = 1234  # of lm-eval's command
-
 
 def score(lm: RankedLM, task: Task, items_file: Path) -> dict:
     """Evaluate `task` at every rank of `lm`; write the items' outcomes to `items_file`.
@@ -32,10 +30,9 @@ def score(lm: RankedLM, task: Task, items_file: Path) -> dict:
     benchmark = BENCHMARKS[task.name]
     ranks, items = {}, {}
     for rank in lm.engine.ranks:
-        # One bootstrap iteration: closed-form standard errors are still computed, others are of no use here.
-        _draw_few_shots_anew(task)
+        # Two bootstrap iterations, the least that lm-eval takes: of use are closed-form standard errors alone.
         with _without_lm_eval_progress():
-            result = lm_eval.evaluate(lm.view(rank), task.loaded, bootstrap_iters=1, log_samples=True)
+            result = lm_eval.evaluate(lm.view(rank), task.ready(), bootstrap_iters=2, log_samples=True)
         ranks[str(rank)] = _metrics(result, task, benchmark)
         for name, samples in result["samples"].items():
             for sample in samples:
@@ -53,8 +50,7 @@ def answer(lm: RankedLM, tasks: Sequence[Task]) -> None:
     """Compute what `score` will ask for `tasks` in one go: few-shot examples they share are then computed once."""
     requests: dict[str, list] = {}
     for task in tasks:
-        _draw_few_shots_anew(task)
-        for part in task.loaded["tasks"].values():
+        for part in task.ready()["tasks"].values():
             with _without_lm_eval_progress():
                 part.build_all_requests()
             for instance in part.instances:
@@ -62,12 +58,6 @@ def answer(lm: RankedLM, tasks: Sequence[Task]) -> None:
     lm.what = ", ".join(sorted({task.name for task in tasks}))
     for kind, instances in requests.items():
         lm.at_all_ranks(kind, instances)
-
-
-def _draw_few_shots_anew(task: Task) -> None:
-    """Start the generator of few-shot examples again: it would go on, and every rank get examples of its own."""
-    for part in task.loaded["tasks"].values():
-        part.set_fewshot_seed(FEWSHOT_SEED)
 
 
 @contextmanager
@@ -78,10 +68,10 @@ def _without_lm_eval_progress() -> Iterator[None]:
 
 
 def _metrics(result: dict, task: Task, benchmark) -> dict[str, float]:
-    """The main metric's value and standard error, and all others by name."""
+    """The main metric's value and standard error (None for BLEU, which has no closed form), and all others by name."""
     metrics = result["results"][task.name]
     main = f"{benchmark.metric},{benchmark.filter}"
-    stderr = metrics.get(main.replace(",", "_stderr,"))
+    stderr = metrics.get(main.replace(",", "_stderr,")) if benchmark.metric != "bleu" else None
     found = {"value": float(metrics[main]), "stderr": float(stderr) if _is_number(stderr) else None}
     if task.loaded["groups"]:
         subjects = [result["results"][name][main] for name in task.loaded["tasks"]]

@@ -69,7 +69,7 @@ def only(task: Task, parts: list[str]) -> Task:
 
 def outcomes(lm, task: Task, limit: int | None = None) -> dict:
     """lm-eval's samples of `lm`: (task, document) -> the raw responses. `limit`: documents of each part."""
-    result = lm_eval.evaluate(lm, task.loaded, limit=limit, bootstrap_iters=1, log_samples=True)
+    result = lm_eval.evaluate(lm, task.ready(), limit=limit, bootstrap_iters=1, log_samples=True)
     return {(n, s["doc_id"]): s["resps"] for n, samples in result["samples"].items() for s in samples}
 
 

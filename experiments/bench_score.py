@@ -26,17 +26,21 @@ from qdylora import compute_dtype
 
 RANKS = [1, 2, 4, 8, 16, 32, 64]
 MMLU_SUBJECTS = ["mmlu_astronomy", "mmlu_marketing"]
-BATCH_SIZES = {"mmlu": (1, 4, 16), "gsm8k": (8, 16), "triviaqa": (8, 40)}
+BATCH_SIZES = {"mmlu": (1, 4, 16), "gsm8k": (8,), "triviaqa": (8, 40)}
 TRIAL = 8  # documents of each part on which a batch size is tried
 
 
 def tasks(root: Path) -> dict[str, Task]:
-    """The prompts, all five-shot: 40 questions in each of two MMLU subjects, 16 of GSM8K, 40 of TriviaQA."""
+    """The prompts, all five-shot: 30 questions in each of two MMLU subjects, 8 of GSM8K, 40 of TriviaQA."""
     return {
-        "mmlu": only(load("mmlu", "test", Settings(5, root, limit=40 * 57)), MMLU_SUBJECTS),
-        "gsm8k": load("gsm8k", "test", Settings(5, root, limit=16)),
+        "mmlu": mmlu(root, 30),
+        "gsm8k": load("gsm8k", "test", Settings(5, root, limit=8)),
         "triviaqa": load("triviaqa", "test", Settings(5, root, limit=40)),
     }
+
+
+def mmlu(root: Path, each: int) -> Task:
+    return only(load("mmlu", "test", Settings(5, root, limit=57 * each)), MMLU_SUBJECTS)
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -82,7 +86,7 @@ def matmul_rate(dtype: torch.dtype) -> float:
 def exactness(root: Path, folder: Path) -> float:
     """Largest difference in log-likelihood from stock lm-eval in float32, at ranks 1, 8, 64."""
     subject, ranks = Subject(dtype=torch.float32), [1, 8, R_MAX]
-    task = only(load("mmlu", "test", Settings(5, root, limit=4 * 57)), MMLU_SUBJECTS)
+    task = mmlu(root, 4)
     with ours(subject, folder, ranks) as answers:
         got = answers(task)
     return max(max_abs_dlogp(got[rank], outcomes(subject.stock(folder, rank, 4), task)) for rank in ranks)
@@ -96,7 +100,7 @@ def main(root: Path) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         result["max_abs_dlogp"] = exactness(root, folder)
-        spent, flops = {}, 0
+        spent = {}
         with ours(subject, folder, RANKS) as answers:
             for task_name, task in prompts.items():
                 spent[task_name] = seconds(lambda task=task: answers(task))
@@ -104,10 +108,10 @@ def main(root: Path) -> None:
             with FlopCounterMode(display=False) as counter:
                 answers(prompts["mmlu"])
             flops = counter.get_total_flops()
-        growth = {}
+        growth, task = {}, mmlu(root, 8)
         for ranks in ([R_MAX], RANKS, list(range(1, R_MAX + 1))):
             with ours(subject, folder, ranks) as answers:
-                growth[len(ranks)] = seconds(lambda answers=answers: answers(prompts["mmlu"]))
+                growth[len(ranks)] = seconds(lambda answers=answers: answers(task))
         result["matmul_share"] = flops / spent["mmlu"] / matmul_rate(dtype)
         result["growth"] = {
             "seconds": growth,

@@ -1,4 +1,5 @@
-"""A cell - one (table, model, data, method, seed, scale), and budget where a table sweeps it - its folder, and the files that tell how far it is.
+"""A cell - one (table, model, data, method, seed, scale), and budget where a table sweeps it - its folder, and the
+files that tell how far it is.
 
 outputs/<scale>/<table>/<model>--<data>--<method>--seed<N>[--steps<N> where the table sweeps budgets]/
     record.json      the result; there is one only when the cell has ended

@@ -6,7 +6,8 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import hydra
 from hydra.errors import HydraException
@@ -27,14 +28,21 @@ def command(work: Callable[[Config], int | None]) -> None:
 
     @hydra.main(config_path=CONF, config_name="config", version_base="1.3")
     def run(cfg: DictConfig) -> None:
-        codes.append(work(resolved(cfg)) or 0)
+        with _mistakes_in_one_sentence():  # here too, since Hydra has words of its own for what leaves this function
+            codes.append(work(resolved(cfg)) or 0)
 
-    try:
+    with _mistakes_in_one_sentence():
         run()
+    sys.exit(max(codes, default=0))
+
+
+@contextmanager
+def _mistakes_in_one_sentence() -> Iterator[None]:
+    try:
+        yield
     except (ConfigError, HydraException, OmegaConfBaseException, FileNotFoundError) as error:
         print(f"error: {sentence(error)}", file=sys.stderr)
         sys.exit(2)
-    sys.exit(max(codes, default=0))
 
 
 def sentence(error: BaseException) -> str:

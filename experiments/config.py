@@ -103,7 +103,7 @@ class Optim:
 
 @dataclass
 class Ranks:
-    """cuts: how a static adapter (draw.kind fixed) is also scored at lower ranks, beside truncation; see `qdylora.cut`."""
+    """cuts: how a static adapter (draw.kind fixed) is scored at lower ranks beside truncation; see `qdylora.cut`."""
 
     r_min: int = 1
     r_max: int = 64
@@ -152,6 +152,14 @@ class TableSettings:
 
 
 @dataclass
+class Samples:
+    """Prompts answered side by side (`experiments.samples`): the first test items, at these ranks."""
+
+    ranks: list[int] = field(default_factory=lambda: [64, 32, 28, 16])
+    items: int = 3
+
+
+@dataclass
 class Tracker:
     """heldout_every: optimizer steps between held-out losses during training, or null; on `heldout_items` items."""
 
@@ -171,6 +179,7 @@ class Config:
     ranks: Ranks = field(default_factory=Ranks)
     tasks: Tasks = field(default_factory=Tasks)
     tracker: Tracker = field(default_factory=Tracker)
+    samples: Samples = field(default_factory=Samples)
     table: TableSettings = field(default_factory=TableSettings)
     scale: str = MISSING
     seed: int = 0
@@ -183,7 +192,7 @@ class Config:
 ConfigStore.instance().store(name="schema", node=Config)
 
 #: Keys that change where or how fast a cell runs, not what it computes.
-INCIDENTAL = ("table", "tracker", "outputs", "root", "checkpoint_every")
+INCIDENTAL = ("table", "samples", "tracker", "outputs", "root", "checkpoint_every")
 INCIDENTAL_TASKS = ("tokens_per_batch", "dequantize")
 
 
@@ -236,12 +245,16 @@ def validate(c: Config) -> None:
         "data.target_max_len": (c.data.target_max_len, 1),
         "tasks.heldout_items": (c.tasks.heldout_items, 2),
         "tasks.tokens_per_batch": (c.tasks.tokens_per_batch, 64),
+        "samples.items": (c.samples.items, 1),
         "checkpoint_every": (c.checkpoint_every, 1),
         "seed": (c.seed, 0),
         **{f"tasks.num_fewshot.{name}": (n, 0) for name, n in c.tasks.num_fewshot.items()},
         **{
             f"tasks.{name}.{split}": (n, 1)
-            for name, limit in {"limit": c.tasks.limit, **{f"limit_of.{k}": v for k, v in c.tasks.limit_of.items()}}.items()
+            for name, limit in {
+                "limit": c.tasks.limit,
+                **{f"limit_of.{k}": v for k, v in c.tasks.limit_of.items()},
+            }.items()
             for split, n in vars(limit).items()
             if n is not None
         },
@@ -261,9 +274,9 @@ def validate(c: Config) -> None:
         raise ConfigError(f"table.budgets is {c.table.budgets}; every share of the budget must be more than 0")
     if not c.ranks.eval:
         raise ConfigError("ranks.eval is empty; name at least one rank to score at")
-    for b in c.ranks.eval:
+    for name, b in [("ranks.eval", b) for b in c.ranks.eval] + [("samples.ranks", b) for b in c.samples.ranks]:
         if not c.ranks.r_min <= b <= c.ranks.r_max:
-            raise ConfigError(f"ranks.eval has {b}; ranks go from r_min {c.ranks.r_min} to r_max {c.ranks.r_max}")
+            raise ConfigError(f"{name} has {b}; ranks go from r_min {c.ranks.r_min} to r_max {c.ranks.r_max}")
     if c.budget.batch % c.optim.micro_batch:
         raise ConfigError(
             f"budget.batch is {c.budget.batch}, not a multiple of optim.micro_batch {c.optim.micro_batch}; "

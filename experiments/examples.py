@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from experiments.config import Config, ConfigError
 from experiments.data.encode import Encoded, encode
-from experiments.data.overlap import evaluation_questions
+from experiments.data.overlap import evaluation_questions, hub_questions
 from experiments.data.sources import HubSet, load, release_root
 
 MEGABATCH = 50  # batches among which lengths are grouped, as in Hugging Face's sampler
@@ -40,7 +40,7 @@ def prepare(config: Config, tokenizer: PreTrainedTokenizerBase) -> Examples:
         root=config.root and Path(config.root),
         hub=HubSet(hub.id, hub.config, hub.revision, hub.split),
         held_out=config.tasks.heldout_items,
-        evaluation=evaluation_questions(root) if root else None,
+        evaluation=evaluation_questions(root) if root else hub_questions(config.tasks.benchmarks),
     )
     lengths = config.data.source_max_len, config.data.target_max_len
     train, held_out = (

@@ -24,8 +24,8 @@ from experiments.cli import command, quiet
 from experiments.config import Config, ConfigError
 from experiments.examples import prepare, release_folder
 from experiments.monitor import sequences
-from experiments.train import base_id, base_model
-from qdylora import cut, load_adapter, load_tokenizer
+from experiments.train import base_model, base_tokenizer
+from qdylora import cut, load_adapter
 
 SPLITS = ("validation", "test")
 AS_TRAINED = "truncate"  # how an adapter is used at a lower rank where nothing else is said
@@ -46,7 +46,7 @@ def ranked(cell: Cell, ranks: list[int]) -> tuple[AllRanks, PreTrainedTokenizerB
     if not cell.adapter.is_dir():
         raise ConfigError(f"{cell.name} has no trained adapter in {cell.adapter}; run experiments.train first")
     model = load_adapter(base_model(cell), cell.adapter)
-    return AllRanks(model, ranks, cell.config.tasks.tokens_per_batch), load_tokenizer(**base_id(cell))
+    return AllRanks(model, ranks, cell.config.tasks.tokens_per_batch), base_tokenizer(cell)
 
 
 def cuts(config: Config) -> list[str]:

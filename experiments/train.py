@@ -15,8 +15,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from peft import PeftModel
-from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 
+from eval.hub import fetched
 from experiments import checkpoints
 from experiments.cell import Cell, note, read_json, write_json
 from experiments.cli import command, quiet
@@ -43,7 +51,7 @@ def train(cell: Cell) -> dict:
     if done:
         return done
     config = cell.config
-    tokenizer = load_tokenizer(**base_id(cell))
+    tokenizer = base_tokenizer(cell)
     examples = prepare(config, tokenizer)
     set_seed(config.seed)
     model = adapted_model(cell)
@@ -64,16 +72,22 @@ def base_id(cell: Cell) -> dict:
     return {"model_id": model.id, "revision": model.revision, "cache": cell.cache, "random_config": model.random}
 
 
-def base_model(cell: Cell):
+def base_tokenizer(cell: Cell) -> PreTrainedTokenizerBase:
+    with fetched(cell.config.model.id):
+        return load_tokenizer(**base_id(cell))
+
+
+def base_model(cell: Cell) -> PreTrainedModel:
     """The cell's frozen base, quantized as its method says."""
     c = cell.config
-    model = load_base(
-        bits=c.method.bits,
-        dtype=compute_dtype(c.optim.compute_dtype, c.method.bits),
-        quant_type=c.method.quant_type,
-        double_quant=c.method.double_quant,
-        **base_id(cell),
-    )
+    with fetched(c.model.id):
+        model = load_base(
+            bits=c.method.bits,
+            dtype=compute_dtype(c.optim.compute_dtype, c.method.bits),
+            quant_type=c.method.quant_type,
+            double_quant=c.method.double_quant,
+            **base_id(cell),
+        )
     model.config.use_cache = False
     return model
 

@@ -1,8 +1,8 @@
 """Ways to use a static adapter, trained at one rank r, at a lower rank b without further training.
 
-    truncate                the first b rows, scaled as trained: alpha/r (the zeros of the paper's Table 3)
-    truncate_alpha_over_b   the first b rows, scaled alpha/b, as if they had been trained at rank b
-    svd                     the best rank-b approximation of the whole product B A, what a careful user would do
+truncate                the first b rows, scaled as trained: alpha/r (the zeros of the paper's Table 3)
+truncate_alpha_over_b   the first b rows, scaled alpha/b, as if they had been trained at rank b
+svd                     the best rank-b approximation of the whole product B A, what a careful user would do
 """
 
 from __future__ import annotations

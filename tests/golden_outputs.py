@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import shutil
 from pathlib import Path
@@ -46,31 +45,6 @@ def make(folder: Path) -> Path:
         }
         (folder.parent / "forecast" / f"paper--{model}--alpaca--{method}.json").write_text(json.dumps(raw))
     return folder
-
-
-def make_gsm8k(folder: Path, table: str, steps: int = 40) -> None:
-    """Alpaca's two golden records as if of another table, of GSM8K and of another budget, in `folder`/table."""
-    for method in ("qlora", "qdylora"):
-        source = GOLDEN / ALPACA.replace("qdylora", method)
-        name = f"{source.name.replace('alpaca', 'gsm8k')}--steps{steps}"
-        cell = Path(shutil.copytree(source, folder / table / name))
-        raw = json.loads((cell / "record.json").read_text())
-        ranks = {rank: round(score["value"] + 1 / steps, 3) for rank, score in raw["heldout"]["ranks"].items()}
-        items = [json.dumps({"id": item, "weight": 1 + item, "values": ranks}) for item in range(24)]
-        (cell / "items" / "heldout.jsonl.gz").write_bytes(gzip.compress("\n".join(items).encode(), mtime=0))
-        raw["heldout"] |= {
-            "items": "items/heldout.jsonl.gz",
-            "ranks": {rank: {"value": value, "stderr": 0.04} for rank, value in ranks.items()},
-        }
-        asked = {"steps": steps, "examples": 16 * steps, "tokens": None}
-        change(
-            cell,
-            name=name,
-            cell=raw["cell"] | {"table": table, "data": "gsm8k"},
-            budget={"asked": asked, "spent": {**asked, "seconds": 7.0}},
-            tasks={"gsm8k": raw["tasks"]["mmlu"] | {"metric": "exact_match"}},
-            heldout=raw["heldout"],
-        )
 
 
 def line(step: int, **more) -> dict:

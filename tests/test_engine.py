@@ -2,6 +2,7 @@
 
 import random
 
+import lm_eval
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,10 +12,13 @@ from lm_eval.models.huggingface import HFLM
 from tiny import CONFIGS, adapted
 
 from eval import engine as engine_module
+from eval.benchmarks import Settings, load
 from eval.dequantize import dequantized
 from eval.engine import AllRanks
 from eval.lm import RankedLM
-from eval.plan import batches, group_by_trunk, lay_out
+from eval.plan import BRANCHES, batches, divide, group_by_trunk, lay_out
+from eval.score import answer
+from experiments.data.sources import release_root
 from qdylora import at_rank, gate_of, set_rank
 from qdylora.base import byte_tokenizer
 
@@ -85,8 +89,21 @@ def test_random_prompts_with_random_shared_prefixes(model, trunks, requests, bud
             assert greedy[i, k] == want_greedy
 
 
-@pytest.mark.parametrize("budget", [64, 8192])
-def test_generation_token_for_token(model, budget):
+def test_long_continuations_of_one_context(model):
+    """They go into rows of their own, also behind a context of one token."""
+    rng = random.Random(0)
+    pairs = [
+        (context, [rng.randrange(2, 258) for _ in range(n)]) for context in ([5], [6, 7, 8]) for n in (90, 3, 50, 1)
+    ]
+    logps, _ = engine(model).loglikelihood(pairs)
+    set_rank(model, RANKS[-1])
+    want = [slow_loglikelihood(model, *pair)[0] for pair in pairs]
+    assert logps[:, -1] == pytest.approx(want, abs=5e-4)
+
+
+@pytest.mark.parametrize(("budget", "memory"), [(64, 0), (64, 2**20), (8192, 2**40)])
+def test_generation_token_for_token(model, budget, memory, monkeypatch):
+    monkeypatch.setattr(engine_module, "free_memory", lambda device: memory)  # one row at a time, a few, or all
     rng = random.Random(0)
     trunk = [rng.randrange(2, 258) for _ in range(120)]
     prompts = [trunk + [rng.randrange(2, 258) for _ in range(rng.randint(1, 30))] for _ in range(5)]
@@ -238,6 +255,14 @@ def test_a_row_shares_its_context_between_continuations():
     assert row.reads == ((1,), (1, 2), (1, 2), (1, 3, 4))
 
 
+def test_rows_take_continuations_up_to_their_limit():
+    one, long = (1,), (1,) * BRANCHES
+    assert divide(5, [one] * 100) == [list(range(100))]  # a single token needs no branch
+    assert divide(5, [long, long, one, long]) == [[0], [1, 2], [3]]
+    assert divide(2 * BRANCHES, [long, long, one, long]) == [[0, 1, 2], [3]]
+    assert divide(1, [(1,) * 999]) == [[0]]
+
+
 @given(st.lists(st.integers(1, 50), max_size=40), st.integers(1, 7), st.integers(1, 400))
 def test_batches_hold_everything_once_within_the_budget(lengths, each, budget):
     made = batches(lengths, each, budget)
@@ -252,3 +277,15 @@ def test_answers_are_remembered_by_all_they_depend_on(model):
     long = instance("generate_until", "A", {"until": [], "max_gen_toks": 6})
     (one,), (six,) = ranked.view(1).generate_until([short]), ranked.view(1).generate_until([long])
     assert six.startswith(one) and len(six) > len(one)
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "triviaqa"])
+def test_what_is_answered_in_one_go_is_what_every_rank_is_asked(model, generated_root, name):
+    """lm-eval draws few-shot examples anew whenever it builds requests."""
+    task = load(name, "test", Settings(num_fewshot=3, root=release_root("generated", generated_root, 0), limit=2))
+    ranked = RankedLM(engine(model), byte_tokenizer())
+    answer(ranked, [task])
+    known = dict(ranked._answers)
+    for b in RANKS:
+        lm_eval.evaluate(ranked.view(b), task.ready(), bootstrap_iters=1)
+    assert ranked._answers == known and len(known) == 2

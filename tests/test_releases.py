@@ -145,7 +145,7 @@ def test_a_missing_file_is_named_with_the_remedy(tmp_path):
         rows("webglm", "test", tmp_path)
     message = str(raised.value)
     assert str(tmp_path / "webglm" / "test.jsonl") in message
-    assert "make prefetch" in message and "webglm/{train,validation,test}.jsonl" in message
+    assert "source=hub" in message and "webglm/{train,validation,test}.jsonl" in message
     with pytest.raises(FileNotFoundError, match=r"<subject>_test\.csv"):
         (tmp_path / "mmlu" / "test").mkdir(parents=True)
         rows("mmlu", "test", tmp_path)

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from eval import benchmarks
 from eval.releases import FILES, LETTERS, normalized, rows
 
 
@@ -30,6 +31,11 @@ def evaluation_questions(root: Path) -> dict[str, list[str]]:
             except FileNotFoundError:
                 continue  # a folder with some of the benchmarks is fine: the report names those compared with
     return found
+
+
+def hub_questions(names: Iterable[str]) -> dict[str, list[str]]:
+    """Return the same of the benchmarks `names`, from the hub."""
+    return {f"{name}/{s}": questions(benchmarks.rows(name, s, None)) for name in names for s in ("validation", "test")}
 
 
 def count(training: Iterable[str], evaluation: Mapping[str, Iterable[str]]) -> dict[str, int]:

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from eval.hub import fetched
 from eval.releases import (
     CARVED,
     FILES,
@@ -167,7 +168,8 @@ def _from_hub(name: str, hub: HubSet | None, errors: RowErrors) -> tuple[list[Ex
 
     if hub is None:
         raise ValueError(f"source 'hub' needs the id of {name} on the hub")
-    data = load_dataset(hub.id, hub.config, revision=hub.revision, split=hub.split)
+    with fetched(hub.id):
+        data = load_dataset(hub.id, hub.config, revision=hub.revision, split=hub.split)
     kept = carve(list(data))[0] if name in CARVED else data
     parsed = (errors.parse(f"{hub.id}[{hub.split}]:{n}", FORMATS[name], row) for n, row in enumerate(kept, 1))
     found = [example for examples in parsed for example in examples or ()]
