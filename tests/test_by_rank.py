@@ -112,9 +112,10 @@ def test_mixed_budgets_are_refused_with_the_names(records, name):
 
 @pytest.mark.parametrize("name", ["table2", "table3", "semi_sorted"])
 def test_mixed_task_versions_are_refused_with_the_names(records, name):
-    one, *others = records[name]
+    one = next(record for record in records[name] if record.done and record.cell["method"] == "qdylora")
+    others = [record for record in records[name] if record is not one]
     ((task, about),) = one.tasks.items()
-    with pytest.raises(ValueError, match=rf"{task} version.*'9': {one.name}|{task} version.*9: {one.name}"):
+    with pytest.raises(ValueError, match=f"{task} version.*'9': {one.name}"):
         TABLES[name]([changed(one, tasks={task: about | {"version": "9"}}), *others])
 
 
@@ -133,7 +134,7 @@ def test_failures_are_numbered_through_the_table(records):
     table = table2([*lost, *rest], QUICK)
     assert cells(table, "Score", "smollm2-135m", "GSM8K", "8")["QLoRA"] == "failed [1]"
     assert cells(table, "Score", "smollm2-135m", "WebGLM", "8")["QLoRA"] == "failed [2]"
-    assert [n for n in table.footnotes if n.startswith("[")] == [
+    assert [n for n in table.footnotes if " failed: " in n] == [
         "[1] smollm2-135m--gsm8k--qlora--seed0 failed: why gsm8k",
         "[2] smollm2-135m--webglm--qlora--seed0 failed: why webglm",
     ]
