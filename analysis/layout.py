@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 import re
 import textwrap
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ LATEX = {letter: "\\" + letter for letter in "&%$#_{}"} | {
 
 @dataclass(frozen=True)
 class Cell:
-    """A number with its rank in brackets and its interval, or ± one standard error; or a text instead.
+    """A number with its rank in brackets and its interval, or ± one standard error, and a mark; or a text instead.
 
     An empty cell is one that was not run. Numbers are in the unit that the block's title names.
     """
@@ -33,6 +34,7 @@ class Cell:
     text: str = ""
     digits: int = 1
     signed: bool = False
+    mark: str = ""
 
     def __str__(self) -> str:
         if self.value is None:
@@ -40,11 +42,11 @@ class Cell:
         parts = [self._number(self.value)]
         if self.rank is not None:
             parts.append(f"({self.rank})")
-        if self.low is not None and self.high is not None:
+        if self.low is not None and self.high is not None and not math.isnan(self.low + self.high):
             parts.append(f"[{self._number(self.low)}, {self._number(self.high)}]")
         if self.error is not None:
             parts.append(f"± {self.error:.{self.digits}f}")
-        return " ".join(parts)
+        return " ".join(parts) + self.mark
 
     def _number(self, number: float) -> str:
         rounded = round(number, self.digits) + 0.0  # + 0.0 turns -0.0 into 0.0
@@ -79,6 +81,10 @@ class Table:
             for row in block.rows:
                 if len(row.labels) + len(row.cells) != len(self.header):
                     raise ValueError(f"row {row.labels} of {block.title!r} does not fit {self.header}")
+
+    def _repr_markdown_(self) -> str:
+        """How a notebook shows it."""
+        return to_markdown(self)
 
 
 def to_markdown(table: Table) -> str:
@@ -129,13 +135,19 @@ def to_csv(table: Table) -> str:
     return stream.getvalue()
 
 
+def repeated(labels: Sequence[str], above: Sequence[str]) -> int:
+    """How many labels, from the left, are those of the row above; the last one never counts."""
+    same = 0
+    while same < len(labels) - 1 and labels[: same + 1] == above[: same + 1]:
+        same += 1
+    return same
+
+
 def _texts(rows: Sequence[Row]) -> list[list[str]]:
     """Rows as texts; a label is dropped where it and all to its left repeat the row above."""
     lines, above = [], ()
     for row in rows:
-        same = 0
-        while same < len(row.labels) - 1 and row.labels[: same + 1] == above[: same + 1]:
-            same += 1
+        same = repeated(row.labels, above)
         lines.append([*[""] * same, *row.labels[same:], *map(str, row.cells)])
         above = row.labels
     return lines

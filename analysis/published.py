@@ -21,3 +21,11 @@ def qlora_table5() -> pd.DataFrame:
 def qdylora_table3() -> pd.DataFrame:
     """Exact match in percent: source, metric, task, model, method, rank, status (`done` or `oom`), value."""
     return pd.read_csv(FOLDER / "qdylora_table3.csv")
+
+
+def hyper_parameters() -> pd.DataFrame:
+    """Settings (dotted names of our configuration) as text: label, the paper's value, QLoRA's, source.
+
+    Alternatives are separated by |; `recipe:` names a column of QLoRA's Table 9, which depends on the model's size.
+    """
+    return pd.read_csv(FOLDER / "hyper_parameters.csv", dtype=str)

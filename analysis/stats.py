@@ -24,6 +24,7 @@ from scipy import stats
 Frames = Sequence[pd.DataFrame]
 UNIT = (0.0, 1.0)  # support of an accuracy
 DIFFERENCE = (-1.0, 1.0)  # and of a difference of two
+REAL = (-np.inf, np.inf)  # of a loss, or of pseudo-values
 CHUNK = 2**22  # multinomial counts held at once (32 MB)
 
 
@@ -175,6 +176,45 @@ def chosen_on_validation(
     return Chosen(at.rank, at.value, at.low, at.high, at.n, at.seeds, optimism=abs(float(best) - at.value))
 
 
+def p_values(frames: Frames, how: Bootstrap = DEFAULT, *, support: tuple[float, float] = DIFFERENCE) -> np.ndarray:
+    """For each column of paired differences, in ascending order of the columns, the two-sided p-value of no difference.
+
+    The larger of two: items' signs flipped at random (a test that holds its level however few items differ), and
+    twice the share of bootstrap means beyond zero, which hold the spread of the seeds. Not corrected: see `holm`.
+    """
+    values, _ = _stack(frames, support)
+    rng = np.random.default_rng(how.seed)
+    rows, counts = np.unique(values.mean(axis=0), axis=0, return_counts=True)
+    centre = counts @ rows
+    beyond = np.zeros(len(centre))
+    step = max(1, CHUNK // len(rows))
+    for start in range(0, how.resamples, step):
+        kept = rng.binomial(counts, 0.5, size=(min(step, how.resamples - start), len(rows)))
+        flipped = (2.0 * kept - counts) @ rows
+        beyond += (np.abs(flipped) >= np.abs(centre) - 1e-9).sum(axis=0)
+    signs = (1 + beyond) / (1 + how.resamples)
+    noisy = resampled(frames, how, support=support)[1]
+    tails = 2 * np.minimum((noisy <= 0).mean(axis=0), (noisy >= 0).mean(axis=0))
+    return np.maximum(signs, np.minimum(tails, 1))
+
+
+def holm(p: np.ndarray) -> np.ndarray:
+    """P-values corrected for their number (Holm 1979): below a level where the step-down procedure rejects there."""
+    p = np.asarray(p, float)
+    order = np.argsort(p, kind="stable")
+    corrected = np.empty(len(p))
+    corrected[order] = np.minimum(1, np.maximum.accumulate((len(p) - np.arange(len(p))) * p[order]))
+    return corrected
+
+
+def resampled(
+    frames: Frames, how: Bootstrap = DEFAULT, *, support: tuple[float, float] = UNIT
+) -> tuple[np.ndarray, np.ndarray]:
+    """Means (columns,) in ascending order of the columns, and their bootstrap draws (resamples, columns)."""
+    centre, means, seed_noise, stretch = _resample(_stack(frames, support)[0], how)
+    return centre, means + stretch * seed_noise
+
+
 def _same_items(left: pd.DataFrame, right: pd.DataFrame) -> bool:
     return left.index.equals(right.index) or (len(left) == len(right) and set(left.index) == set(right.index))
 
@@ -242,7 +282,9 @@ def _bounded(
 ) -> tuple[float, float]:
     """Keep the interval inside the support. If all items agree the bootstrap has nothing to say (zero width):
     then at most a share u of all items can differ, u = 1 - ((1 - level)/2)**(1/n), which for right-or-wrong
-    items is Clopper and Pearson's exact interval."""
+    items is Clopper and Pearson's exact interval. NaN where the support has no bounds to say so with."""
+    if low == high and np.isinf(support).any():
+        return np.nan, np.nan
     if low == high:
         share = 1 - how.tails[0] ** (1 / n)
         return value - share * (value - support[0]), value + share * (support[1] - value)

@@ -4,14 +4,16 @@ from collections.abc import Callable, Sequence
 
 import pandas as pd
 
+from analysis.by_rank import table2, table3
 from analysis.grid import DATA, METHODS, STATIC, Grid, Run, key, mean_score, percent, points
 from analysis.layout import Block, Cell, Row, Table, to_csv, to_latex, to_markdown
 from analysis.notes import protocol, reading, scope
-from analysis.published import qlora_table5
+from analysis.published import qdylora_table3, qlora_table5
 from analysis.records import Record, check_comparable
+from analysis.semi_sorted import semi_sorted
 from analysis.stats import DEFAULT, DIFFERENCE, Bootstrap, Estimate, best_of_ranks, mean_at
 
-__all__ = ["TABLES", "Table", "table1", "to_csv", "to_latex", "to_markdown"]
+__all__ = ["TABLES", "Table", "table1", "table2", "table3", "to_csv", "to_latex", "to_markdown"]
 
 TASK = "mmlu"
 BASELINE = "qlora"
@@ -174,4 +176,9 @@ def _published(grid: Grid, published: pd.DataFrame) -> list[Block]:
 
 
 #: A table's function of its records, by name.
-TABLES: dict[str, Callable[[Sequence[Record]], Table]] = {"table1": lambda records: table1(records, qlora_table5())}
+TABLES: dict[str, Callable[[Sequence[Record]], Table]] = {
+    "table1": lambda records: table1(records, qlora_table5()),
+    "semi_sorted": semi_sorted,
+    "table2": table2,
+    "table3": lambda records: table3(records, qdylora_table3()),
+}

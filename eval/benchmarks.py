@@ -126,6 +126,8 @@ def load(name: str, split: str, settings: Settings) -> Task:
     config |= {"num_fewshot": settings.num_fewshot, "test_split": "test", "validation_split": None}
     docs = rows(name, split, settings.root)
     shots = rows(name, FEWSHOT_SPLIT[name], settings.root) if settings.num_fewshot else []
+    # Without examples lm-eval must not look for their split either.
+    config |= {"fewshot_split": FEWSHOT_SPLIT[name] if shots else None, "training_split": None}
     if name == "mmlu":
         tasks, groups = _mmlu(config, docs, shots, settings.limit)
     else:
@@ -144,7 +146,6 @@ def load(name: str, split: str, settings: Settings) -> Task:
 def _task(config: dict, docs: list[dict], shots: list[dict]) -> ConfigurableTask:
     data = {"test": datasets.Dataset.from_list(docs)}
     if shots:
-        config |= {"fewshot_split": config.get("fewshot_split") or config["training_split"]}
         data[config["fewshot_split"]] = datasets.Dataset.from_list(shots)
     return ConfigurableTask(config=config | {"custom_dataset": lambda **_: datasets.DatasetDict(data)})
 

@@ -1,6 +1,7 @@
-"""A cell - one (table, model, data, method, seed, scale) - its folder, and the files that tell how far it is.
+"""A cell - one (table, model, data, method, seed, scale), and budget where a table sweeps it - its folder, and the
+files that tell how far it is.
 
-outputs/<scale>/<table>/<model>--<data>--<method>--seed<N>/
+outputs/<scale>/<table>/<model>--<data>--<method>--seed<N>[--steps<N> where the table sweeps budgets]/
     record.json      the result; there is one only when the cell has ended
     adapter/         the trained adapter of rank r_max
     training.json    what training spent
@@ -36,7 +37,8 @@ class Cell:
     @property
     def name(self) -> str:
         c = self.config
-        return f"{c.model.name}--{c.data.name}--{c.method.name}--seed{c.seed}"
+        name = f"{c.model.name}--{c.data.name}--{c.method.name}--seed{c.seed}"
+        return f"{name}--steps{c.budget.steps}" if c.table.budgets else name
 
     @property
     def key(self) -> dict:

@@ -14,6 +14,7 @@ from eval.benchmarks import BENCHMARKS, FEWSHOT
 from experiments.data.formats import FORMATS
 from experiments.data.sources import SOURCES
 from qdylora.base import BITS
+from qdylora.cut import CUTS
 from qdylora.draw import Draw
 from qdylora.gate import SCALES
 
@@ -102,9 +103,12 @@ class Optim:
 
 @dataclass
 class Ranks:
+    """cuts: how a static adapter (draw.kind fixed) is scored at lower ranks beside truncation; see `qdylora.cut`."""
+
     r_min: int = 1
     r_max: int = 64
     eval: list[int] = field(default_factory=list)
+    cuts: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -117,10 +121,13 @@ class Limit:
 
 @dataclass
 class Tasks:
+    """limit_of: limits of single benchmarks, instead of `limit`; for those that are generated, which takes longer."""
+
     benchmarks: list[str] = field(default_factory=list)
     num_fewshot: dict[str, int] = field(default_factory=lambda: {"mmlu": 5, "gsm8k": 5, "triviaqa": 0, "webglm": 0})
     fewshot: str = "first"
     limit: Limit = field(default_factory=Limit)
+    limit_of: dict[str, Limit] = field(default_factory=dict)
     webglm_references: bool = True
     webglm_citations: bool = True
     heldout_items: int = 64
@@ -130,13 +137,27 @@ class Tasks:
 
 @dataclass
 class TableSettings:
-    """A table's cells: models x data x methods x seeds, names of the groups' files."""
+    """A table's cells: models x data x methods x seeds, names of the groups' files.
+
+    budgets: to sweep the budget too, shares of the scale's own optimizer steps. of: the tables whose settings a
+    table without cells lists.
+    """
 
     name: str = MISSING
+    of: list[str] = field(default_factory=list)
+    budgets: list[float] = field(default_factory=list)
     models: list[str] = field(default_factory=list)
     data: list[str] = field(default_factory=list)
     methods: list[str] = field(default_factory=list)
     seeds: list[int] = field(default_factory=lambda: [0])
+
+
+@dataclass
+class Samples:
+    """Prompts answered side by side (`experiments.samples`): the first test items, at these ranks."""
+
+    ranks: list[int] = field(default_factory=lambda: [64, 32, 28, 16])
+    items: int = 3
 
 
 @dataclass
@@ -159,6 +180,7 @@ class Config:
     ranks: Ranks = field(default_factory=Ranks)
     tasks: Tasks = field(default_factory=Tasks)
     tracker: Tracker = field(default_factory=Tracker)
+    samples: Samples = field(default_factory=Samples)
     table: TableSettings = field(default_factory=TableSettings)
     scale: str = MISSING
     seed: int = 0
@@ -171,7 +193,7 @@ class Config:
 ConfigStore.instance().store(name="schema", node=Config)
 
 #: Keys that change where or how fast a cell runs, not what it computes.
-INCIDENTAL = ("table", "tracker", "outputs", "root", "checkpoint_every")
+INCIDENTAL = ("table", "samples", "tracker", "outputs", "root", "checkpoint_every")
 INCIDENTAL_TASKS = ("tokens_per_batch", "dequantize")
 
 
@@ -208,7 +230,9 @@ def validate(c: Config) -> None:
         "tasks.fewshot": (c.tasks.fewshot, FEWSHOT),
         "tasks.dequantize": (c.tasks.dequantize, ("auto", "always", "never")),
         "tracker.wandb": (c.tracker.wandb, ("offline", "online", "off")),
+        **{f"ranks.cuts[{i}]": (how, CUTS) for i, how in enumerate(c.ranks.cuts)},
         **{f"tasks.benchmarks[{i}]": (name, BENCHMARKS) for i, name in enumerate(c.tasks.benchmarks)},
+        **{f"tasks.limit_of.{name}": (name, BENCHMARKS) for name in c.tasks.limit_of},
     }
     for name, (value, choices) in one_of.items():
         if value not in choices:
@@ -223,10 +247,19 @@ def validate(c: Config) -> None:
         "data.target_max_len": (c.data.target_max_len, 1),
         "tasks.heldout_items": (c.tasks.heldout_items, 2),
         "tasks.tokens_per_batch": (c.tasks.tokens_per_batch, 64),
+        "samples.items": (c.samples.items, 1),
         "checkpoint_every": (c.checkpoint_every, 1),
         "seed": (c.seed, 0),
         **{f"tasks.num_fewshot.{name}": (n, 0) for name, n in c.tasks.num_fewshot.items()},
-        **{f"tasks.limit.{split}": (n, 1) for split, n in vars(c.tasks.limit).items() if n is not None},
+        **{
+            f"tasks.{name}.{split}": (n, 1)
+            for name, limit in {
+                "limit": c.tasks.limit,
+                **{f"limit_of.{k}": v for k, v in c.tasks.limit_of.items()},
+            }.items()
+            for split, n in vars(limit).items()
+            if n is not None
+        },
         **({"budget.tokens": (c.budget.tokens, 1)} if c.budget.tokens is not None else {}),
         **({"tracker.heldout_every": (c.tracker.heldout_every, 1)} if c.tracker.heldout_every is not None else {}),
     }
@@ -239,11 +272,13 @@ def validate(c: Config) -> None:
     for name in ("warmup_ratio", "lora_dropout", "beta2"):
         if not 0 <= getattr(c.optim, name) < 1:
             raise ConfigError(f"optim.{name} is {getattr(c.optim, name)}; it must be from 0 to less than 1")
+    if any(share <= 0 for share in c.table.budgets):
+        raise ConfigError(f"table.budgets is {c.table.budgets}; every share of the budget must be more than 0")
     if not c.ranks.eval:
         raise ConfigError("ranks.eval is empty; name at least one rank to score at")
-    for b in c.ranks.eval:
+    for name, b in [("ranks.eval", b) for b in c.ranks.eval] + [("samples.ranks", b) for b in c.samples.ranks]:
         if not c.ranks.r_min <= b <= c.ranks.r_max:
-            raise ConfigError(f"ranks.eval has {b}; ranks go from r_min {c.ranks.r_min} to r_max {c.ranks.r_max}")
+            raise ConfigError(f"{name} has {b}; ranks go from r_min {c.ranks.r_min} to r_max {c.ranks.r_max}")
     if c.budget.batch % c.optim.micro_batch:
         raise ConfigError(
             f"budget.batch is {c.budget.batch}, not a multiple of optim.micro_batch {c.optim.micro_batch}; "

@@ -1,15 +1,19 @@
 """Score a trained cell at every rank:  python -m experiments.score data=gsm8k method=qdylora
 
-Held-out loss and the table's benchmarks. What has been scored is kept when the process is killed.
+Held-out loss and the table's benchmarks; a static adapter also in the other ways it can be cut to a lower rank
+(`ranks.cuts`). What has been scored is kept when the process is killed.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-from eval.benchmarks import Settings, load
+from transformers import PreTrainedTokenizerBase
+
+from eval.benchmarks import Settings, Task, load
 from eval.dequantize import dequantized
 from eval.engine import AllRanks
 from eval.lm import RankedLM
@@ -21,76 +25,109 @@ from experiments.config import Config, ConfigError
 from experiments.examples import prepare, release_folder
 from experiments.monitor import sequences
 from experiments.train import base_model, base_tokenizer
-from qdylora import load_adapter
+from qdylora import cut, load_adapter
 
 SPLITS = ("validation", "test")
+AS_TRAINED = "truncate"  # how an adapter is used at a lower rank where nothing else is said
 
 
 def score(cell: Cell) -> dict:
-    """The results of a cell: held-out loss and tasks at every evaluation rank, for its record."""
+    """The results of a cell for its record: held-out loss and tasks at every evaluation rank, and under `cuts` the
+    same for each other way of cutting a static adapter."""
+    engine, tokenizer = ranked(cell, cell.config.ranks.eval)
+    held_out = sequences(prepare(cell.config, tokenizer).held_out)
+    with dequantized(engine.model, cell.config.tasks.dequantize):
+        results = {how: _results(Scoring(cell, engine, tokenizer, how), held_out) for how in cuts(cell.config)}
+    return results.pop(AS_TRAINED) | ({"cuts": results} if results else {})
+
+
+def ranked(cell: Cell, ranks: list[int]) -> tuple[AllRanks, PreTrainedTokenizerBase]:
+    """The trained cell's model at `ranks`, and its tokenizer. ConfigError if it has no adapter."""
     if not cell.adapter.is_dir():
         raise ConfigError(f"{cell.name} has no trained adapter in {cell.adapter}; run experiments.train first")
-    c = cell.config
-    tokenizer = base_tokenizer(cell)
     model = load_adapter(base_model(cell), cell.adapter)
-    held_out = sequences(prepare(c, tokenizer).held_out)
-    engine = AllRanks(model, c.ranks.eval, c.tasks.tokens_per_batch)
-    with dequantized(model, c.tasks.dequantize):
-        results = {
-            "heldout": _part(cell, "heldout", lambda file: _heldout(engine, held_out, file)),
-            "tasks": {name: _benchmark(cell, name, engine, tokenizer) for name in c.tasks.benchmarks},
-        }
-    return results
+    return AllRanks(model, ranks, cell.config.tasks.tokens_per_batch), base_tokenizer(cell)
 
 
-def _heldout(engine: AllRanks, held_out: list, items_file: Path) -> dict:
-    result = heldout_loss(engine, held_out, items_file) | {"items": f"items/{items_file.name}"}
-    with engine.model.disable_adapter():
-        untrained = AllRanks(engine.model, [engine.gate.r_max], engine.budget)
-        result["untrained"] = heldout_loss(untrained, held_out)["ranks"][str(engine.gate.r_max)]
+def cuts(config: Config) -> list[str]:
+    """The ways to use the cell's adapter at a lower rank; one that was trained at all ranks has one way."""
+    static = config.method.draw.kind == "fixed"
+    return [AS_TRAINED, *(how for how in config.ranks.cuts if static and how != AS_TRAINED)]
+
+
+@dataclass
+class Scoring:
+    """A cell's model with its adapter cut in the way `how`; results go to the parts and items of that way."""
+
+    cell: Cell
+    engine: AllRanks
+    tokenizer: PreTrainedTokenizerBase
+    how: str = AS_TRAINED
+
+    def part(self, name: str, compute: Callable[[Path], dict]) -> dict:
+        """A part of the results, computed at most once: from its file, or now."""
+        file = self.part_file(name)
+        found = read_json(file)
+        if found is None:
+            items_file = self.cell.folder / "items" / f"{self._full(name)}.jsonl.gz"
+            with cut(self.engine.model, self.how):
+                found = compute(items_file) | {"items": f"items/{items_file.name}"}
+            write_json(file, found)
+        return found
+
+    def part_file(self, name: str) -> Path:
+        return self.cell.folder / "parts" / f"{self._full(name)}.json"
+
+    def _full(self, name: str) -> str:
+        return name if self.how == AS_TRAINED else f"{self.how}-{name}"
+
+
+def _results(scoring: Scoring, held_out: list) -> dict:
+    return {
+        "heldout": scoring.part("heldout", lambda file: _heldout(scoring, held_out, file)),
+        "tasks": {name: _benchmark(scoring, name) for name in scoring.cell.config.tasks.benchmarks},
+    }
+
+
+def _heldout(scoring: Scoring, held_out: list, items_file: Path) -> dict:
+    engine = scoring.engine
+    result = heldout_loss(engine, held_out, items_file)
+    if scoring.how == AS_TRAINED:
+        with engine.model.disable_adapter():
+            untrained = AllRanks(engine.model, [engine.gate.r_max], engine.budget)
+            result["untrained"] = heldout_loss(untrained, held_out)["ranks"][str(engine.gate.r_max)]
     return result
 
 
-def _benchmark(cell: Cell, name: str, engine: AllRanks, tokenizer) -> dict:
+def _benchmark(scoring: Scoring, name: str) -> dict:
     """Both splits of a benchmark, asked together."""
-    c = cell.config
-    tasks = {}
-    for split in SPLITS:
-        settings = Settings(
-            num_fewshot=c.tasks.num_fewshot[name],
-            root=release_folder(c),
-            limit=getattr(c.tasks.limit, split),
-            fewshot=c.tasks.fewshot,
-            references=c.tasks.webglm_references,
-            keep_citations=c.tasks.webglm_citations,
-        )
-        tasks[split] = load(name, split, settings)
-    lm = RankedLM(engine, tokenizer)
+    tasks = {split: task(scoring.cell.config, name, split) for split in SPLITS}
+    lm = RankedLM(scoring.engine, scoring.tokenizer)
 
     def compute(split: str) -> Callable[[Path], dict]:
         def now(items_file: Path) -> dict:
-            answer(lm, [task for s, task in tasks.items() if not _part_file(cell, f"{name}-{s}").exists()])
-            return score_task(lm, tasks[split], items_file) | {"items": f"items/{items_file.name}"}
+            answer(lm, [task for s, task in tasks.items() if not scoring.part_file(f"{name}-{s}").exists()])
+            return score_task(lm, tasks[split], items_file)
 
         return now
 
-    splits = {split: _part(cell, f"{name}-{split}", compute(split)) for split in SPLITS}
-    few_shot = {"num_fewshot": c.tasks.num_fewshot[name], "fewshot": c.tasks.fewshot}
+    splits = {split: scoring.part(f"{name}-{split}", compute(split)) for split in SPLITS}
+    asked = scoring.cell.config.tasks
+    few_shot = {"num_fewshot": asked.num_fewshot[name], "fewshot": asked.fewshot}
     return tasks["test"].facts() | few_shot | {"splits": splits}
 
 
-def _part(cell: Cell, name: str, compute: Callable[[Path], dict]) -> dict:
-    """A part of the results, computed at most once: from its file, or now."""
-    file = _part_file(cell, name)
-    found = read_json(file)
-    if found is None:
-        found = compute(cell.folder / "items" / f"{name}.jsonl.gz")
-        write_json(file, found)
-    return found
-
-
-def _part_file(cell: Cell, name: str) -> Path:
-    return cell.folder / "parts" / f"{name}.json"
+def task(c: Config, name: str, split: str) -> Task:
+    """A split of a benchmark as the configuration asks it."""
+    settings = Settings(
+        num_fewshot=c.tasks.num_fewshot[name],
+        root=release_folder(c),
+        limit=getattr(c.tasks.limit_of.get(name, c.tasks.limit), split),
+        fewshot=c.tasks.fewshot,
+        references=c.tasks.webglm_references,
+        keep_citations=c.tasks.webglm_citations,
+    )
+    return load(name, split, settings)
 
 
 def main(config: Config) -> None:

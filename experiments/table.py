@@ -14,7 +14,8 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 
 from analysis.records import load
-from analysis.tables import TABLES, to_csv, to_latex, to_markdown
+from analysis.settings import table4
+from analysis.tables import TABLES, Table, to_csv, to_latex, to_markdown
 from experiments.cell import Cell, note
 from experiments.cli import MALLOC, command
 from experiments.config import CONF, Config, resolved
@@ -31,7 +32,12 @@ def cells(config: Config, overrides: list[str]) -> list[tuple[list[str], Cell]]:
     with initialize_config_dir(CONF, version_base="1.3"):
         for model, data, method, seed in product(table.models, table.data, table.methods, table.seeds):
             own = [*overrides, f"model={model}", f"data={data}", f"method={method}", f"seed={seed}"]
-            found.append((own, Cell(resolved(compose("config", overrides=own)))))
+            one = resolved(compose("config", overrides=own))
+            for share in table.budgets:
+                swept = [*own, f"budget.steps={max(1, round(share * one.budget.steps))}"]
+                found.append((swept, Cell(resolved(compose("config", overrides=swept)))))
+            if not table.budgets:
+                found.append((own, Cell(one)))
     return found
 
 
@@ -50,10 +56,37 @@ def run_missing(found: list[tuple[list[str], Cell]]) -> int:
 
 
 def show(found: list[tuple[list[str], Cell]], config: Config) -> None:
-    """Print the table made of the cells' records, and write it as Markdown, LaTeX and CSV beside them."""
-    folder = Path(config.outputs) / config.scale / config.table.name
+    """The table made of the cells' records."""
     names = {cell.name for _, cell in found}
-    table = TABLES[config.table.name]([record for record in load(folder) if record.name in names])
+    records = load(folder_of(config))
+    write(TABLES[config.table.name]([record for record in records if record.name in names]), config)
+
+
+def settings(config: Config, overrides: list[str]) -> Table:
+    """The table of the settings of other tables' cells, which are composed and not run."""
+    own = [text for text in overrides if not text.startswith("table=")]
+    tables = {}
+    for name in config.table.of:
+        of = [f"table={name}", *own]
+        tables[name] = [cell.plain_config for _, cell in cells(composed(of), of)]
+    return table4(tables)
+
+
+def composed(overrides: list[str]) -> Config:
+    """The configuration that a command with these overrides would have."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(CONF, version_base="1.3"):
+        return resolved(compose("config", overrides=overrides))
+
+
+def folder_of(config: Config) -> Path:
+    return Path(config.outputs) / config.scale / config.table.name
+
+
+def write(table: Table, config: Config) -> None:
+    """Print a table, and write it as Markdown, LaTeX and CSV into its folder."""
+    folder = folder_of(config)
+    folder.mkdir(parents=True, exist_ok=True)
     for suffix, render in {"md": to_markdown, "tex": to_latex, "csv": to_csv}.items():
         (folder / f"{config.table.name}.{suffix}").write_text(render(table))
     print(to_markdown(table))
@@ -61,7 +94,11 @@ def show(found: list[tuple[list[str], Cell]], config: Config) -> None:
 
 
 def main(config: Config) -> int:
-    found = cells(config, list(HydraConfig.get().overrides.task))
+    overrides = list(HydraConfig.get().overrides.task)
+    if config.table.of:
+        write(settings(config, overrides), config)
+        return 0
+    found = cells(config, overrides)
     failed = run_missing(found)
     show(found, config)
     return int(failed > 0)

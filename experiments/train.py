@@ -35,6 +35,7 @@ from experiments.monitor import HeldOutLoss, Log, ProgressBar, TokenBudget, read
 from experiments.tracker import Tracker
 from qdylora import DrawCallback, attach, compute_dtype, load_base, load_tokenizer
 from qdylora.adapter import SETTINGS_FILE
+from qdylora.export import adapter_bytes
 
 OPTIMIZERS = {
     "adamw": "adamw_torch",
@@ -182,6 +183,8 @@ def _conclude(cell: Cell, trainer: Trainer, examples: Examples, log: list[dict])
     draft.rename(cell.adapter)
     c = cell.config
     ranks = np.array([rank for line in log for rank in line["ranks"]])
+    frozen = c.method.gate == "frozen"
+    rows = np.arange(1, c.ranks.r_max + 1)[:, None]
     spent = {
         "budget": {
             "asked": cell.budget,
@@ -197,9 +200,9 @@ def _conclude(cell: Cell, trainer: Trainer, examples: Examples, log: list[dict])
         "optimizer": type(trainer.optimizer.optimizer).__name__,
         "compute_dtype": str(trainer.model.dtype).removeprefix("torch."),
         "final_loss": log[-1]["loss"],
-        "updates": [int((ranks >= b).sum()) for b in range(1, c.ranks.r_max + 1)]
-        if c.method.gate == "prefix"
-        else [int((ranks == b).sum()) for b in range(1, c.ranks.r_max + 1)],
+        "updates": ((ranks == rows) if frozen else (ranks >= rows)).sum(axis=1).tolist(),
+        "expected_updates": (draw(c).update_probability(frozen) * len(ranks)).round(3).tolist(),
+        "adapter_bytes": {str(b): adapter_bytes(trainer.model, b) for b in c.ranks.eval},
     }
     write_json(cell.folder / "training.json", spent)
     shutil.rmtree(cell.folder / "checkpoints")

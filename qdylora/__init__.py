@@ -3,12 +3,14 @@
 from qdylora.adapter import RankSettings, at_rank, attach, gate_of, load_adapter, lora_layers, set_rank
 from qdylora.base import compute_dtype, load_base, load_tokenizer
 from qdylora.callback import DrawCallback
+from qdylora.cut import CUTS, cut
 from qdylora.draw import Draw
 from qdylora.export import export_rank, merge, merge_into
 from qdylora.gate import Gate
 from qdylora.update import mask_updates
 
 __all__ = [
+    "CUTS",
     "Draw",
     "DrawCallback",
     "Gate",
@@ -16,6 +18,7 @@ __all__ = [
     "at_rank",
     "attach",
     "compute_dtype",
+    "cut",
     "export_rank",
     "gate_of",
     "load_adapter",

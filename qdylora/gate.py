@@ -83,6 +83,22 @@ class Gate(LoraVariant):
         finally:
             self.set_rank(before)
 
+    @contextmanager
+    def scaled(self, scale: str) -> Iterator[Gate]:
+        """Inside this context ranks are scaled by another rule of SCALES; afterwards by the one before."""
+        if scale not in SCALES:
+            raise ValueError(f"scale is {scale!r}; choose one of {', '.join(SCALES)}")
+        before = self.scale
+        self._set_scale(scale)
+        try:
+            yield self
+        finally:
+            self._set_scale(before)
+
+    def _set_scale(self, scale: str) -> None:
+        self.scale = scale
+        self._masks.clear()
+
     # PEFT's LoraVariant interface ---------------------------------------------------------------------
 
     def init(self, module: LoraLayer, adapter_name: str, **kwargs) -> None:

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from eval.releases import sha256
 from tests import commands
@@ -82,6 +83,10 @@ def test_what_training_spent_and_did_is_recorded(undisturbed):
     assert spent["tokens"] == sum(line["tokens"] for line in log)
     drawn = [rank for line in log for rank in line["ranks"]]
     assert training["updates"] == [sum(rank >= b for rank in drawn) for b in range(1, 65)]
+    assert training["expected_updates"] == pytest.approx([80 * (65 - b) / 64 for b in range(1, 65)], abs=1e-3)
+    weights = load_file(undisturbed / "adapter/adapter_model.safetensors").values()
+    at_64 = sum(weight.numel() * weight.element_size() for weight in weights)
+    assert training["adapter_bytes"] == {str(b): at_64 * b // 64 for b in (1, 2, 4, 8, 16, 32, 64)}
     assert training["compute_dtype"] == "float32"
     data = training["data"]
     assert data["sha256"] and data["truncated"] >= 0

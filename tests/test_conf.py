@@ -85,6 +85,12 @@ BAD = {
     "method.draw.at_r_max=2": "method.draw.at_r_max",
     "tasks.benchmarks=[hellaswag]": "tasks.benchmarks[0] is 'hellaswag'",
     "tasks.limit.test=0": "tasks.limit.test is 0",
+    "tasks.limit_of.gsm8k.test=0": "tasks.limit_of.gsm8k.test is 0",
+    "+tasks.limit_of.boolq.test=1": "tasks.limit_of.boolq is 'boolq'",
+    "ranks.cuts=[prune]": "ranks.cuts[0] is 'prune'; choose one of truncate, truncate_alpha_over_b, svd",
+    "samples.ranks=[65]": "samples.ranks has 65",
+    "samples.items=0": "samples.items is 0",
+    "table.budgets=[0.5,0]": "table.budgets is [0.5, 0.0]",
     "tasks.num_fewshot.mmlu=-1": "tasks.num_fewshot.mmlu is -1",
     "tracker.wandb=cloud": "tracker.wandb is 'cloud'",
     "seed=-1": "seed is -1",
@@ -121,3 +127,26 @@ def test_keys_that_change_no_result_do_not_change_what_a_cell_is():
         assert plain(incidental) == same
     for substantial in ("seed=1", "budget.steps=5", "method=qlora", "ranks.eval=[1]", "tasks.limit.test=17"):
         assert plain(substantial) != same
+
+
+def test_only_a_table_that_sweeps_the_budget_names_it_in_its_cells():
+    from experiments.cell import Cell
+    from experiments.table import cells
+
+    plain = [cell.name for _, cell in cells(config("scale=smoke", "table=table2"), ["scale=smoke", "table=table2"])]
+    assert plain == [
+        f"tiny--{data}--{method}--seed0" for data in ("webglm", "gsm8k") for method in ("qlora", "qdylora")
+    ]
+    overrides = ["scale=smoke", "table=semi_sorted", "table.methods=[qdylora]"]
+    swept = cells(config(*overrides), overrides)
+    assert [cell.name for _, cell in swept] == [f"tiny--gsm8k--qdylora--seed0--steps{n}" for n in (2, 4, 8)]
+    again = Cell(config(*swept[0][0]))  # what the command that runs the cell makes of its overrides
+    assert (again.name, again.digest) == (swept[0][1].name, swept[0][1].digest)
+
+
+def test_the_three_draws_of_the_semi_sorted_study():
+    draws = {name: draw(config(f"method={name}")) for name in config("table=semi_sorted").table.methods}
+    assert [d.kind for d in draws.values()] == ["uniform", "list", "geometric"]
+    row64 = {name: d.update_probability()[-1] for name, d in draws.items()}
+    assert row64["qdylora"] == pytest.approx(1 / 64) and row64["qdylora_powers"] == pytest.approx(1 / 7)
+    assert row64["qdylora_geometric"] < 1e-4

@@ -219,3 +219,11 @@ def test_budgets_may_differ_between_data_sets(folder):
     for path in folder.glob("*oasst1*/record.json"):
         change(folder, path.parent.name, "budget", "asked", "steps", to=1875)
     check_comparable(load(folder))
+
+
+def test_what_a_changed_configuration_put_aside_is_not_read(tmp_path):
+    """The runner keeps old work beside the cell, as `name~digest`, with the same name in its record."""
+    first = sorted(GOLDEN.iterdir())[0]
+    for name in (first.name, f"{first.name}~0123456789ab"):
+        shutil.copytree(first, tmp_path / name)
+    assert [record.folder.name for record in load(tmp_path)] == [first.name]

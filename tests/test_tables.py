@@ -158,7 +158,7 @@ def test_a_record_that_does_not_fit_its_items_is_refused(records):
 
 def test_analysis_loads_without_the_training_stack():
     code = (
-        "import sys, analysis.tables, analysis.published; print(set(sys.modules) & "
+        "import sys, analysis.report; print(set(sys.modules) & "
         "{'torch', 'transformers', 'peft', 'lm_eval', 'hydra', 'qdylora', 'eval', 'experiments'})"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=GOLDEN.parents[1], capture_output=True, text=True)

@@ -1,0 +1,181 @@
+"""One static page for a scale - claims, tables, figures, budgets, provenance:  python -m analysis.report outputs/mini
+
+Writes <folder>/report.html, which needs no server and loads nothing: styles and figures are part of it. Every text
+from a record is escaped.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from tqdm import tqdm
+
+from analysis.claims import Claim
+from analysis.claims import claims as judged
+from analysis.cli import command
+from analysis.figures import pictures
+from analysis.forecasts import forecasts
+from analysis.layout import Table, repeated
+from analysis.notes import amounts
+from analysis.records import Record, cells, load, tables
+from analysis.settings import table4
+from analysis.stats import DEFAULT, Bootstrap
+from analysis.style import inline, svg
+from analysis.tables import TABLES
+
+GIB = 2**30
+CLOSED = ("Training", "Held-out loss in training")  # a figure a cell: folded away at first
+LISTS = (
+    ("budgets", "Budgets", "What each cell was asked to spend, and spent."),
+    ("cells", "Cells", "How each cell ended, and what made it."),
+    ("data", "Training data", "As each data set was read; all cells of one data set share it."),
+    ("software", "Software and machines", "Of the records above."),
+)
+
+
+def report(folder: Path, claims: Sequence[Claim] | str, how: Bootstrap = DEFAULT) -> str:
+    """The page of all records, logs and forecasts under `folder` (outputs/<scale>), with the claims or the reason why
+    they are not decided.
+
+    Raises FileNotFoundError if there is no such folder, ValueError that names a broken record.
+    """
+    records = [record for table in tables(folder) for record in load(table)]
+    rows = {"budgets": _budgets, "cells": _cells, "data": _data, "software": _software}
+    lists = [(anchor, name, caption, *rows[anchor](folder, records)) for anchor, name, caption in LISTS]
+    sections = [("claims", "Claims"), ("tables", "Tables"), ("figures", "Figures")]
+    page = _environment().get_template("report.html")
+    return page.render(
+        title=f"QDyLoRA at scale {folder.resolve().name}",
+        summary=_summary(folder, records),
+        sections=sections + [(anchor, name) for anchor, name, _ in LISTS],
+        claims=claims,
+        tables=_tables(folder, records),
+        kinds=_kinds(folder, how),
+        closed=CLOSED,
+        lists=lists,
+    )
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, undefined=StrictUndefined
+    )
+    environment.globals["repeated"] = repeated
+    environment.filters["effect"] = _effect
+    return environment
+
+
+def _effect(claim: Claim) -> str:
+    """A claim's effect with its interval; blank if there is none."""
+    if claim.effect is None:
+        return ""
+    return f"{claim.effect:+.3g}" + (" [{:+.3g}, {:+.3g}]".format(*claim.interval) if claim.interval else "")
+
+
+def _summary(folder: Path, records: Sequence[Record]) -> str:
+    states = Counter(status for _, status in _states(folder, records))
+    count = ", ".join(f"{number} {status}" for status, number in states.most_common())
+    models = ", ".join(dict.fromkeys(record.cell["model"] for record in records))
+    return f"{states.total()} cells: {count}. Models: {models}."
+
+
+def _states(folder: Path, records: Sequence[Record]) -> list[tuple[Path, str]]:
+    """Every cell's folder with its status, also of cells that have not ended."""
+    known = {record.folder: record.raw["status"] for record in records}
+    return [(cell, known.get(cell, "not ended")) for table in tables(folder) for cell in cells(table)]
+
+
+def _tables(folder: Path, records: Sequence[Record]) -> list[tuple[str, Table | str]]:
+    """Each table with its name, then their settings (Table 4); a refused one with the reason."""
+    by_table = {name: some for name in TABLES if (some := [r for r in records if r.folder.parent == folder / name])}
+    found = {name: _or_reason(TABLES[name], some) for name, some in by_table.items()}
+    if found:
+        configs = {name: [record.raw["config"] for record in some] for name, some in by_table.items()}
+        found["table4"] = _or_reason(table4, configs)
+    return sorted(found.items(), key=lambda item: (not item[0].startswith("table"), item[0]))
+
+
+def _or_reason(work: Callable[..., Any], *of: Any) -> Any:
+    """What `work` makes of the records, or why it refuses them."""
+    try:
+        return work(*of)
+    except ValueError as error:
+        return str(error)
+    except KeyError as error:
+        return f"the records do not hold {error}"
+
+
+def _kinds(folder: Path, how: Bootstrap) -> list[tuple[str, list[dict]]]:
+    """The pictures by kind, in the order in which the kinds first come."""
+    shown: dict[str, list[dict]] = {}
+    for picture in tqdm(pictures(folder, how), desc="figures", unit="figure", leave=False, disable=None):
+        drawn = Markup(inline(svg(picture.figure, picture.name)))
+        wide = picture.figure.get_figwidth() > 6
+        shown.setdefault(picture.kind, []).append(
+            {"title": picture.title, "alt": picture.alt, "svg": drawn, "wide": wide}
+        )
+    return list(shown.items())
+
+
+def _budgets(folder: Path, records: Sequence[Record]) -> tuple[tuple[str, ...], list[tuple]]:
+    header = ("cell", "table", "asked", "spent", "training, s", "peak memory, GiB")
+    rows = []
+    for record in records:
+        budget, memory = record.raw["budget"], record.raw.get("peak_memory_bytes")
+        spent = budget.get("spent") or {}
+        peak = "" if memory is None else f"{memory / GIB:.2f}"
+        amount = amounts([budget["asked"]]), amounts([spent])
+        rows.append((record.name, record.cell["table"], *amount, spent.get("seconds", ""), peak))
+    return header, rows
+
+
+def _cells(folder: Path, records: Sequence[Record]) -> tuple[tuple[str, ...], list[tuple]]:
+    header = ("cell", "table", "status", "reason", "seed", "commit", "configuration", "data (sha256)", "machine")
+    known = {record.folder: record.raw for record in records}
+    rows = []
+    for cell, status in _states(folder, records):
+        raw = known.get(cell, {})
+        about = raw.get("reason") or "", raw.get("cell", {}).get("seed", ""), (raw.get("commit") or "")[:12]
+        data = ((raw.get("data") or {}).get("sha256") or "")[:12]
+        rows.append((cell.name, cell.parent.name, status, *about, raw.get("digest", ""), data, _machine(raw)))
+    return header, rows
+
+
+def _machine(raw: dict) -> str:
+    machine = raw.get("machine") or {}
+    return ", ".join(machine.get("gpus") or [f"{machine['cpu']}, {machine['threads']} threads"] if machine else [])
+
+
+def _data(folder: Path, records: Sequence[Record]) -> tuple[tuple[str, ...], list[tuple]]:
+    keys = ("name", "source", "rows", "train", "held_out", "duplicates", "truncated", "sha256")
+    found = [record.raw["data"] for record in records if record.raw.get("data")]
+    return keys, list(dict.fromkeys(tuple(data.get(key, "") for key in keys) for data in found))
+
+
+def _software(folder: Path, records: Sequence[Record]) -> tuple[tuple[str, ...], list[tuple]]:
+    pairs = [pair for record in records for pair in (record.raw.get("versions") or {}).items()]
+    pairs += [("commit", record.raw["commit"]) for record in records if record.raw.get("commit")]
+    pairs += [("machine", text) for record in records if (text := _machine(record.raw))]
+    pairs += [("system", record.raw["machine"]["system"]) for record in records if record.raw.get("machine")]
+    counts = sorted(Counter(pairs).items())
+    rows = [
+        (name, ", ".join(str(value) for (_, value), _ in group)) for name, group in groupby(counts, lambda x: x[0][0])
+    ]
+    return ("what", "version"), rows
+
+
+def main(folder: Path) -> None:
+    records = [record for table in tables(folder) for record in load(table)]
+    page = report(folder, _or_reason(judged, records, [one.for_claims() for one in forecasts(folder) if one.gpu]))
+    draft = folder / ".report.html"
+    draft.write_text(page, encoding="utf-8")
+    draft.replace(folder / "report.html")
+    print(folder / "report.html")
+
+
+if __name__ == "__main__":
+    command(main)
