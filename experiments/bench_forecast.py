@@ -68,13 +68,13 @@ class Setting:
 
 
 SETTINGS = [
-    *(Setting(bits=bits, checkpoint_activations=on) for bits in (4, 16, 32) for on in (True, False)),
+    *(Setting(bits=bits, checkpoint_activations=on) for bits in (4, 16) for on in (True, False)),
+    *(Setting(bits=bits, dtype="float32") for bits in (4, 32)),
     *(Setting(rows=rows, checkpoint_activations=on) for rows in (1, 2, 16) for on in (True, False)),
     *(Setting(length=length, rows=2) for length in (64, 1024)),
     *(Setting(r_max=r_max, bits=bits) for r_max in (1, 8, 128) for bits in (4, 16)),
     *(Setting(optimizer=name, accumulate=True) for name in ("sgd", "paged_adamw_32bit", "paged_adamw_8bit")),
     *(Setting(dropout=0.1, checkpoint_activations=on) for on in (True, False)),
-    Setting(dtype="float32"),
     Setting(logits=256),
     *(Setting(model=name, checkpoint_activations=on) for name in list(MODELS)[1:4] for on in (True, False)),
 ]
@@ -121,9 +121,12 @@ class Step:
             ids = torch.randint(2, vocabulary, (length,), generator=generator).tolist()
             rows.append(Encoded(ids, max(1, length - setting.logits + 1), truncated=False))
         self.batch = CompletionCollator(pad_token_id=0)(rows)
-        self.forward_and_backward()
+        self.forward_and_backward()  # a first step, after which the optimizer has its state
         self.optimizer.step()
-        if not setting.accumulate:
+        self.end()
+
+    def end(self) -> None:
+        if not self.setting.accumulate:
             self.optimizer.zero_grad()
 
     def forward_and_backward(self) -> None:
@@ -166,27 +169,33 @@ def _status(name: str) -> int:
 
 
 def compare(setting: Setting, resident: bool) -> dict:
+    """The forecast beside what is measured. resident: measure the process's memory too."""
     predicted = forecast_of(setting)
     step = Step(setting)
     result = {"setting": asdict(setting), "forecast_bytes": predicted.peak, "parts": predicted.parts}
     if resident:  # before the profiler, which needs memory of its own
-        result |= {
-            "resident_growth_bytes": measured_resident_growth(step),
-            "forecast_growth_bytes": predicted.peak - step.held(),
-        }
-        step.optimizer.zero_grad() if not setting.accumulate else None
+        result["forecast_growth_bytes"] = predicted.peak - step.held()
+        result["resident_growth_bytes"] = measured_resident_growth(step)
+        step.end()
     measured = measured_peak(step)
     return result | {"measured_bytes": measured, "forecast_over_measured": predicted.peak / measured}
 
 
+def in_a_process_of_its_own(number: int) -> dict:
+    command = [sys.executable, "-m", "experiments.bench_forecast", str(number)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def main() -> None:
-    """Every setting in a process of its own."""
     results = []
-    for number, setting in enumerate([*SETTINGS, *LARGE]):
-        command = [sys.executable, "-m", "experiments.bench_forecast", str(number)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        results.append(json.loads(done.stdout.splitlines()[-1]))
+    for setting in SETTINGS:
+        results.append(compare(setting, resident=False))
         print(f"{results[-1]['forecast_over_measured']:.3f}", setting, flush=True)
+    for number, setting in enumerate(LARGE):
+        results.append(in_a_process_of_its_own(number))
+        growth = results[-1]["forecast_growth_bytes"] / results[-1]["resident_growth_bytes"]
+        print(f"{results[-1]['forecast_over_measured']:.3f} resident {growth:.3f}", setting, flush=True)
     ratios = [r["forecast_over_measured"] for r in results]
     summary = {"lowest_ratio": min(ratios), "highest_ratio": max(ratios), "settings": results}
     write_json(Path("outputs/bench/forecast.json"), summary)
@@ -195,7 +204,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        chosen = [*SETTINGS, *LARGE][int(sys.argv[1])]
-        print(json.dumps(compare(chosen, resident=chosen in LARGE)))
+        print(json.dumps(compare(LARGE[int(sys.argv[1])], resident=True)))
     else:
         main()

@@ -19,7 +19,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from qdylora.adapter import attach
+from qdylora.adapter import attach, gate_of, set_rank
 from qdylora.base import contiguous_head_input
 from qdylora.ledger import PARTS, Ledger, device_kernels
 from qdylora.update import mask_updates
@@ -45,13 +45,15 @@ class Shape:
 class Training:
     """What else decides how much a step holds. optimizer: adamw, sgd, paged_adamw_32bit or paged_adamw_8bit.
     accumulate: a step has several micro-batches, so that gradients are held while the next ones are computed.
-    masked: see `qdylora.mask_updates`. device: whose kernels, cuda or cpu.
+    masked: see `qdylora.mask_updates`. rank_per_row: every row has a rank of its own. device: whose kernels,
+    cuda or cpu.
     """
 
     optimizer: str = "paged_adamw_32bit"
     checkpoint_activations: bool = True
     accumulate: bool = True
     masked: bool = False
+    rank_per_row: bool = False
     device: str = "cuda"
 
 
@@ -77,8 +79,7 @@ class Forecast:
 
 
 def attach_without_weights(base: PreTrainedModel, **adapter) -> PeftModel:
-    """What `attach` makes of `base` (from `base_without_weights`), on the meta device, ready to be trained. It is at
-    rank r_max, where a step needs most."""
+    """What `attach` makes of `base` (from `base_without_weights`), on the meta device, ready to be trained."""
     with torch.device("meta"):
         model = attach(base, **adapter)
     contiguous_head_input(model)
@@ -86,7 +87,11 @@ def attach_without_weights(base: PreTrainedModel, **adapter) -> PeftModel:
 
 
 def forecast(model: PeftModel, shape: Shape, training: Training) -> Forecast:
-    """Peak memory of a training step of `model` (from `attach_without_weights`), once the optimizer has its state."""
+    """Peak memory of a training step of `model` (from `attach_without_weights`) at rank r_max, where it is largest,
+    once the optimizer has its state."""
+    r_max = gate_of(model).r_max
+    # Neighbouring rows of one rank would be computed as one.
+    set_rank(model, [max(1, r_max - i % 2) for i in range(shape.micro_batch)] if training.rank_per_row else r_max)
     ledger = Ledger(model.config.vocab_size, CUDA_GRANULE if training.device == "cuda" else 1)
     trainable = [p for p in model.parameters() if p.requires_grad]
     with ledger, device_kernels(training.device):
