@@ -46,9 +46,7 @@ def test_at_scale_paper_every_cell_of_a_table_has_qloras_hyper_parameters():
 
 def test_methods_differ_in_what_the_paper_says_they_do():
     methods = {name: config(f"method={name}") for name in names("method")}
-    assert {n: c.method.bits for n, c in methods.items()} == {
-        n: 16 if n in ("dylora", "lora") else 4 for n in methods
-    }
+    assert {n: c.method.bits for n, c in methods.items()} == {n: 16 if n in ("dylora", "lora") else 4 for n in methods}
     assert draw(methods["qlora"]) == draw(methods["lora"]) == Draw(r_max=64, kind="fixed")
     assert draw(methods["qdylora"]) == draw(methods["dylora"]) == Draw(r_max=64)
     assert methods["qdylora"].method.scale == "alpha_over_b"
@@ -116,7 +114,13 @@ def test_keys_that_change_no_result_do_not_change_what_a_cell_is():
         return substance(Cell(config("scale=smoke", *overrides)).plain_config)
 
     same = plain()
-    for incidental in ("forecast.gpu_gb=32", "tracker=none", "outputs=/tmp/x", "tasks.tokens_per_batch=64", "checkpoint_every=1"):
+    for incidental in (
+        "forecast.gpu_gb=32",
+        "tracker=none",
+        "outputs=/tmp/x",
+        "tasks.tokens_per_batch=64",
+        "checkpoint_every=1",
+    ):
         assert plain(incidental) == same
     for substantial in ("seed=1", "budget.steps=5", "method=qlora", "ranks.eval=[1]", "tasks.limit.test=17"):
         assert plain(substantial) != same
