@@ -121,8 +121,10 @@ def largest_micro_batch(model: PeftModel, shape: Shape, training: Training, limi
         if needed(rows) > limit:
             return rows - 1
     # Each moment of a step holds a fixed number of bytes and a number per row, so their maximum is convex in the rows:
-    # it lies above the line through two and three rows.
+    # it lies above the line through two and three rows, but for the rounding of each allocation.
     fits, too_many = 2, 3 + (limit - needed(2)) // max(1, needed(3) - needed(2))
+    while needed(too_many) <= limit:
+        fits, too_many = too_many, too_many + 1
     while too_many - fits > 1:
         slope = (needed(too_many) - needed(fits)) / (too_many - fits)
         middle = min(max(fits + int((limit - needed(fits)) / slope), fits + 1), too_many - 1)
