@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from bitsandbytes.nn import Linear4bit, Params4bit
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import AutoConfig
 
 from experiments.bench_forecast import Setting, Step, forecast_of, measured_peak
@@ -124,11 +124,11 @@ def test_the_model_without_weights_saves_the_tensors_the_real_one_saves(family, 
 def test_operations_are_those_that_torch_counts_in_the_real_step(checkpoint, cache):
     setting = replace(SMALL, bits=16, checkpoint_activations=checkpoint)
     step = Step(setting, cache)
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
     attention = {
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *rest, **kwargs: (
-            sdpa_backward_flop(grad, q, k, v)
-        ),
+        attend: lambda q, k, v, *rest, **kwargs: sdpa_flop_count(q, k, v),
+        attend_backward: lambda grad, q, k, v, *rest, **kwargs: sdpa_backward_flop_count(grad, q, k, v),
     }
     with FlopCounterMode(display=False, custom_mapping=attention) as counter:
         step.forward_and_backward()
