@@ -13,11 +13,11 @@ INSTALLED := $(VENV)/.installed-$(shell (cat requirements.lock; echo $(MODEL_PAC
 # Each is the name of a file of conf/table.
 TABLES := table1 table2 table3 table4 semi_sorted
 
-.PHONY: help setup test lint smoke $(TABLES) claims samples figures report clean test-exact bench bench-train bench-score prefetch lock
+.PHONY: help setup test lint smoke $(TABLES) claims samples figures report forecast clean test-exact bench bench-train bench-score bench-forecast prefetch lock
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z0-9_-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9_-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(INSTALLED)  ## a virtual environment in .venv with the locked versions
 
@@ -51,6 +51,14 @@ report: setup  ## one static page of all that has run at SCALE: outputs/SCALE/re
 smoke: setup  ## the whole road with a random two-layer model, in a minute or two
 	$(PYTHON) -m experiments.table table=table1 scale=smoke 'table.data=[alpaca,oasst1]' $(ARGS)
 
+# A forecast needs no weights, so the paper's settings are the ones to ask about.
+forecast: SCALE := paper
+forecast: MODEL ?= falcon_40b
+forecast: METHOD ?= qdylora
+forecast: GPU ?= 32
+forecast: setup  ## memory of training by part, and whether it fits (MODEL=falcon_40b METHOD=qdylora GPU=32)
+	$(PYTHON) -m experiments.forecast scale=$(SCALE) model=$(MODEL) method=$(METHOD) forecast.gpu_gb=$(GPU) $(ARGS)
+
 test: setup  ## the tests
 	$(PYTHON) -m pytest
 
@@ -71,6 +79,9 @@ bench-score: setup  ## time of scoring at seven ranks against stock lm-eval
 
 prefetch: setup  ## download what a table needs, for machines without internet (SCALE, ARGS)
 	$(PYTHON) -m experiments.prefetch scale=$(SCALE) $(ARGS)
+
+bench-forecast: setup  ## forecast against measured peak memory, at many small settings
+	$(PYTHON) -m experiments.bench_forecast
 
 clean:  ## remove caches; results in outputs/ stay
 	rm -rf .pytest_cache .ruff_cache .hypothesis

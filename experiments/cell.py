@@ -85,9 +85,13 @@ class Cell:
         return hashlib.sha256(json.dumps(substance(self.plain_config), sort_keys=True).encode()).hexdigest()[:12]
 
     def record(self) -> dict | None:
-        """The record of this very configuration, or None if the cell has not ended or has failed."""
+        """The record of this very configuration, or None if the cell has not ended or has failed, or if it was
+        forecast not to fit another GPU."""
         record = read_json(self.record_file) or {}
-        return record if record.get("digest") == self.digest and record["status"] != "failed" else None
+        if record.get("digest") != self.digest or record["status"] == "failed":
+            return None
+        elsewhere = record.get("oom") == "forecast" and record["config"]["forecast"] != self.plain_config["forecast"]
+        return None if elsewhere else record
 
     def prepare(self) -> list[str]:
         """Make the folder. If it holds another configuration's work, put that aside and return what differs."""

@@ -23,12 +23,14 @@ CONF = str(Path(__file__).resolve().parents[1] / "conf")
 
 @dataclass
 class Model:
-    """A base model. id: see `qdylora.load_base`. recipe: its rows of QLoRA's Table 9, for scale `paper`."""
+    """A base model. id: see `qdylora.load_base`. recipe: its rows of QLoRA's Table 9, for scale `paper`.
+    architecture: its transformers configuration, for a forecast where the model itself is not here."""
 
     name: str = MISSING
     id: str = MISSING
     revision: str | None = None
     random: dict[str, Any] | None = None
+    architecture: dict[str, Any] | None = None
     recipe: dict[str, Any] | None = None
 
 
@@ -171,6 +173,16 @@ class Tracker:
 
 
 @dataclass
+class MemoryForecast:
+    """gpu_gb: GiB of the GPU that a cell has to fit; one that cannot is recorded as out of memory without being run.
+    Null: nothing is asked. reserve_gb: how much of it the driver, CUDA's context, libraries and fragmentation take, an
+    assumption."""
+
+    gpu_gb: float | None = None
+    reserve_gb: float = 1.0
+
+
+@dataclass
 class Config:
     model: Model = field(default_factory=Model)
     method: Method = field(default_factory=Method)
@@ -182,6 +194,7 @@ class Config:
     tracker: Tracker = field(default_factory=Tracker)
     samples: Samples = field(default_factory=Samples)
     table: TableSettings = field(default_factory=TableSettings)
+    forecast: MemoryForecast = field(default_factory=MemoryForecast)
     scale: str = MISSING
     seed: int = 0
     source: str = "generated"
@@ -193,7 +206,7 @@ class Config:
 ConfigStore.instance().store(name="schema", node=Config)
 
 #: Keys that change where or how fast a cell runs, not what it computes.
-INCIDENTAL = ("table", "samples", "tracker", "outputs", "root", "checkpoint_every")
+INCIDENTAL = ("table", "samples", "tracker", "forecast", "outputs", "root", "checkpoint_every")
 INCIDENTAL_TASKS = ("tokens_per_batch", "dequantize")
 
 
@@ -266,7 +279,12 @@ def validate(c: Config) -> None:
     for name, (value, least) in at_least.items():
         if value < least:
             raise ConfigError(f"{name} is {value}; it must be at least {least}")
-    for name, value in {"optim.lr": c.optim.lr, "method.alpha": c.method.alpha}.items():
+    if not 0 <= c.forecast.reserve_gb < float("inf"):
+        raise ConfigError(f"forecast.reserve_gb is {c.forecast.reserve_gb}; it must be 0 or a positive number")
+    positive = {"optim.lr": c.optim.lr, "method.alpha": c.method.alpha}
+    if c.forecast.gpu_gb is not None:
+        positive["forecast.gpu_gb"] = c.forecast.gpu_gb
+    for name, value in positive.items():
         if not 0 < value < float("inf"):
             raise ConfigError(f"{name} is {value}; it must be a positive number")
     for name in ("warmup_ratio", "lora_dropout", "beta2"):
@@ -303,5 +321,6 @@ def draw(c: Config) -> Draw:
 def substance(cfg: dict) -> dict:
     """The part of a resolved configuration (plain dicts) that decides a cell's results."""
     kept = {key: value for key, value in cfg.items() if key not in INCIDENTAL}
+    kept["model"] = {key: value for key, value in cfg["model"].items() if key != "architecture"}
     kept["tasks"] = {key: value for key, value in cfg["tasks"].items() if key not in INCIDENTAL_TASKS}
     return kept

@@ -8,24 +8,33 @@ from eval.engine import is_out_of_memory
 from experiments.cell import Cell, note
 from experiments.cli import command, quiet
 from experiments.config import Config, ConfigError
+from experiments.forecast import forecast_of, why_not
 from experiments.score import score
 from experiments.train import peak_memory, train
 
 
 def run(cell: Cell) -> dict:
-    """The cell's record, from its file if the cell has ended. Running out of memory is a result."""
+    """The cell's record, from its file if the cell has ended. Running out of memory is a result: met, or forecast
+    where the configuration names a GPU."""
     if record := cell.record():
         return record
     for name in cell.prepare():
         note(f"{cell.name}: {name} has changed; what was there is put aside, the cell starts anew")
+    predicted = {}
     try:
-        return cell.finish("done", **train(cell), **score(cell))
+        if cell.config.forecast.gpu_gb is not None:
+            memory = forecast_of(cell.config)
+            predicted = {"forecast": memory.parts}
+            if reason := why_not(memory, cell.config.forecast):
+                return cell.finish("oom", reason, oom="forecast", budget={"asked": cell.budget}, **predicted)
+        return cell.finish("done", **train(cell), **score(cell), **predicted)
     except (ConfigError, FileNotFoundError):
         raise
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         if is_out_of_memory(error):
-            return cell.finish("oom", reason, budget={"asked": cell.budget}, peak_memory_bytes=peak_memory())
+            met = {"oom": "met", "peak_memory_bytes": peak_memory()}
+            return cell.finish("oom", reason, budget={"asked": cell.budget}, **met, **predicted)
         traceback.print_exc()
         return cell.finish("failed", reason, budget={"asked": cell.budget})
 

@@ -35,6 +35,7 @@ from experiments.monitor import HeldOutLoss, Log, ProgressBar, TokenBudget, read
 from experiments.tracker import Tracker
 from qdylora import DrawCallback, attach, compute_dtype, load_base, load_tokenizer
 from qdylora.adapter import SETTINGS_FILE
+from qdylora.base import contiguous_head_input
 from qdylora.export import adapter_bytes
 
 OPTIMIZERS = {
@@ -114,8 +115,7 @@ def make_trainer(cell: Cell, model: PeftModel, examples: Examples, tokenizer) ->
     data = Ordered(examples.train, order(lengths, c.budget.steps, c.budget.batch, c.seed, c.optim.group_by_length))
     if c.optim.checkpoint_activations:
         model.enable_input_require_grads()
-    # The last positions of a batch are a strided view, for which the CPU's product would copy the whole head.
-    model.get_output_embeddings().register_forward_pre_hook(lambda head, hidden: (hidden[0].contiguous(),))
+    contiguous_head_input(model)
     draws = DrawCallback(draw(c), c.method.update)
     trainer = Trainer(
         model=model,

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import gguf
 import torch
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.functional import create_dynamic_map, name2qmap, quantize_4bit
+from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -22,11 +23,13 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
     GgufConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 from transformers.models.falcon import modeling_falcon
+from transformers.quantizers import AutoHfQuantizer
 
 log = logging.getLogger(__name__)
 
@@ -79,12 +82,6 @@ def load_base(
     """
     if bits not in BITS:
         raise ValueError(f"bits is {bits}; choose one of {', '.join(map(str, BITS))}")
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=quant_type,
-        bnb_4bit_use_double_quant=double_quant,
-        bnb_4bit_compute_dtype=dtype,
-    )
     source, revision = _local_or_hub(model_id, revision, cache, random_config)
     with _falcon_with_plain_linear_layers():
         model = AutoModelForCausalLM.from_pretrained(
@@ -92,7 +89,7 @@ def load_base(
             revision=revision,
             dtype=dtype,
             device_map={"": device()},
-            quantization_config=quantization if bits == 4 else None,
+            quantization_config=_quantization(dtype, quant_type, double_quant) if bits == 4 else None,
             use_safetensors=True,
             trust_remote_code=False,
         )
@@ -100,6 +97,44 @@ def load_base(
         _check_quantized(model)
         keep_4bit_weights_trainable_through(model)
     return model.requires_grad_(False)
+
+
+def base_without_weights(
+    config: PreTrainedConfig, bits: int, dtype: torch.dtype, *, quant_type: str = "nf4", double_quant: bool = True
+) -> PreTrainedModel:
+    """What `load_base` would make of a model of this configuration, on the meta device: shapes and types, no
+    content."""
+    with _falcon_with_plain_linear_layers(), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if bits == 4:
+        quantizer = AutoHfQuantizer.from_config(_quantization(dtype, quant_type, double_quant), pre_quantized=False)
+        quantizer.preprocess_model(model, device_map=None)
+        for module in model.modules():
+            if isinstance(module, Linear4bit):
+                _quantize_without_weights(module, dtype)
+        quantizer.postprocess_model(model)
+        _check_quantized(model)
+        keep_4bit_weights_trainable_through(model)
+    model.config.use_cache = False
+    return model.requires_grad_(False)
+
+
+def _quantize_without_weights(module: Linear4bit, dtype: torch.dtype) -> None:
+    # bitsandbytes keeps the first such table it makes for all later tensors: let it not be one without content.
+    name2qmap.setdefault("dynamic", create_dynamic_map())
+    whole = torch.empty(module.out_features, module.in_features, dtype=dtype, device="meta")
+    names = ("compress_statistics", "quant_type", "blocksize")
+    settings = {name: getattr(module.weight, name) for name in names}
+    packed, module.quant_state = quantize_4bit(whole, **settings)
+    module.weight = Params4bit(packed, quant_state=module.quant_state, bnb_quantized=True, **settings)
+
+
+def contiguous_head_input(model: nn.Module) -> None:
+    """Let a head that is asked for the last positions only not copy its whole weight on the CPU.
+
+    Those positions are a strided view, for whose product PyTorch would repeat the weight for every row of the batch.
+    """
+    model.get_output_embeddings().register_forward_pre_hook(lambda head, hidden: (hidden[0].contiguous(),))
 
 
 def load_tokenizer(
@@ -110,6 +145,15 @@ def load_tokenizer(
     tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return tokenizer
+
+
+def _quantization(dtype: torch.dtype, quant_type: str, double_quant: bool) -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quant_type,
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=dtype,
+    )
 
 
 @contextmanager

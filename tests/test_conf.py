@@ -76,6 +76,8 @@ BAD = {
     "budget.batch=7": "budget.batch is 7, not a multiple of optim.micro_batch 8",
     "optim.lr=-1": "optim.lr is -1.0; it must be a positive number",
     "optim.lr=inf": "optim.lr is inf",
+    "forecast.gpu_gb=0": "forecast.gpu_gb is 0.0; it must be a positive number",
+    "forecast.reserve_gb=-1": "forecast.reserve_gb is -1.0; it must be 0 or a positive number",
     "optim.name=lion": "optim.name is 'lion'",
     "optim.lora_dropout=1": "optim.lora_dropout is 1.0",
     "method.bits=8": "method.bits is 8; choose one of 4, 16, 32",
@@ -123,7 +125,13 @@ def test_keys_that_change_no_result_do_not_change_what_a_cell_is():
         return substance(Cell(config("scale=smoke", *overrides)).plain_config)
 
     same = plain()
-    for incidental in ("tracker=none", "outputs=/tmp/x", "tasks.tokens_per_batch=64", "checkpoint_every=1"):
+    for incidental in (
+        "forecast.gpu_gb=32",
+        "tracker=none",
+        "outputs=/tmp/x",
+        "tasks.tokens_per_batch=64",
+        "checkpoint_every=1",
+    ):
         assert plain(incidental) == same
     for substantial in ("seed=1", "budget.steps=5", "method=qlora", "ranks.eval=[1]", "tasks.limit.test=17"):
         assert plain(substantial) != same
