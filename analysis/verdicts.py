@@ -5,6 +5,7 @@ verdict: 1 the first is better, 2 the second, 3 a tie, <NA> none could be had.
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
@@ -110,8 +111,6 @@ def _model(name: str) -> str:
     return name.removeprefix("answer-")
 
 
-def load(file: str | Path) -> pd.DataFrame:
-    """The verdict frame of a tournament's `verdicts.jsonl`; a torn last line, left by a killed run, is skipped."""
-    lines = Path(file).read_text(encoding="utf-8").split("\n")[:-1]
-    frame = pd.DataFrame([json.loads(line) for line in lines if line], columns=[*COLUMNS])
-    return frame.astype({"verdict": "Int64"})
+def frame(lines: Iterable[dict]) -> pd.DataFrame:
+    """The verdict frame of a tournament's lines (verdicts.jsonl); a verdict of null is missing."""
+    return pd.DataFrame(list(lines), columns=COLUMNS).astype({"verdict": "Int64"})
