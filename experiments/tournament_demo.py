@@ -1,7 +1,8 @@
 """A tournament of ranks judged through transformers' own OpenAI-compatible server:  make tournament-demo
 
 Trains the cell's adapter if there is none, starts `transformers serve` with SmolLM2-135M on loopback, runs
-experiments.tournament against it and stops it. The judge is far too small for its verdicts to mean anything; what is shown is the road from an adapter to a table.
+experiments.tournament against it and stops it. The judge is far too small for its verdicts to mean anything; what is
+shown is the road from an adapter to a table.
 """
 
 from __future__ import annotations

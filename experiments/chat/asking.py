@@ -69,13 +69,19 @@ def ask_all(
     at_once = settings.parallel if settings.kind == "endpoint" else 1
     under_way: set[Future] = set()
     with ThreadPoolExecutor(at_once) as pool, tqdm(total=len(matches), desc="verdicts", unit="verdict") as bar:
-        while under_way or (waiting and not outcome.open):
-            while waiting and not outcome.open and len(under_way) < at_once:
-                under_way.add(pool.submit(one, waiting.pop(), ask, settings))
-            done, under_way = wait(under_way, return_when=FIRST_COMPLETED)
-            for future in done:
+        try:
+            while under_way or (waiting and not outcome.open):
+                while waiting and not outcome.open and len(under_way) < at_once:
+                    under_way.add(pool.submit(one, waiting.pop(), ask, settings))
+                done, under_way = wait(under_way, return_when=FIRST_COMPLETED)
+                for future in done:
+                    _keep(future, outcome, verdicts)
+                    bar.update()
+        except KeyboardInterrupt:
+            note("stopping; the answers under way are waited for and kept")
+            for future in wait(under_way).done:
                 _keep(future, outcome, verdicts)
-                bar.update()
+            raise
     outcome.open += len(waiting)
     return outcome
 
