@@ -172,10 +172,10 @@ class TournamentSettings:
 
 @dataclass
 class JudgeSettings:
-    """kind: `endpoint`, any OpenAI-compatible server at `address`, or `local`, a model that `qdylora.load_base` loads.
-    prompt: a version of `experiments.chat.judging`. key: the environment variable that holds the key. parallel: most
-    requests at once. timeout: seconds of one request. retries: of a request that failed. prices: dollars a million
-    tokens, for the estimate."""
+    """kind: `endpoint`, any OpenAI-compatible server at `address`; `local`, a model that `qdylora.load_base` loads; or
+    `none`, when only people judge. prompt: a version of `experiments.chat.judging`. key: the environment variable that
+    holds the key. parallel: most requests at once. timeout: seconds of one request. retries: of a request that failed.
+    prices: dollars a million tokens, for the estimate."""
 
     kind: str = MISSING
     model: str = MISSING
@@ -273,7 +273,7 @@ def validate(c: Config) -> None:
         "tasks.dequantize": (c.tasks.dequantize, ("auto", "always", "never")),
         "tracker.wandb": (c.tracker.wandb, ("offline", "online", "off")),
         "tournament.format": (c.tournament.format, ("auto", *CHAT_FORMATS)),
-        "judge.kind": (c.judge.kind, ("endpoint", "local")),
+        "judge.kind": (c.judge.kind, ("endpoint", "local", "none")),
         "judge.prompt": (c.judge.prompt, JUDGE_PROMPTS),
         **{f"tasks.benchmarks[{i}]": (name, BENCHMARKS) for i, name in enumerate(c.tasks.benchmarks)},
     }

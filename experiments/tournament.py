@@ -22,7 +22,7 @@ from experiments.cell import Cell, environment, note, write_json
 from experiments.chat import prompts as prompt_files
 from experiments.chat.answering import Answers
 from experiments.chat.asking import about, ask_all, estimate, report
-from experiments.chat.judges import Endpoint, Local
+from experiments.chat.judges import Endpoint, Local, api_key
 from experiments.chat.matches import Match, Verdicts, schedule
 from experiments.chat.page import human_verdicts
 from experiments.cli import command, quiet
@@ -48,6 +48,8 @@ def matches(cell: Cell) -> list[Match]:
 def judge(config: Config, scheduled: list[Match]) -> int:
     """Ask what has not been asked; returns how many matches stay without an answer."""
     settings = config.judge
+    if settings.kind == "none":
+        return 0
     with Verdicts(folder(config) / "verdicts.jsonl").writing() as verdicts:
         known = verdicts.known(about(settings))
         missing = [match for match in scheduled if match.key not in known]
@@ -98,6 +100,8 @@ def tables(config: Config, verdicts: pd.DataFrame) -> list[Table]:
 
 def main(config: Config) -> int:
     quiet()
+    if config.judge.kind == "endpoint":
+        api_key(config.judge)  # refused now, not when the answers have been generated
     scheduled = matches(Cell(config))
     left = judge(config, scheduled)
     show(config, scheduled)

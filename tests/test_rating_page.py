@@ -146,6 +146,8 @@ def test_the_tournament_reads_what_raters_saved(tmp_path):
     saved = [{"page": digest, "item": i, "verdict": v, "rater": "Bo"} for i, v in enumerate(better)]
     (page.parent / "human").mkdir()
     (page.parent / "human" / "bo.jsonl").write_text("\n".join(map(json.dumps, saved)) + "\n")
+    alone = run("experiments.tournament", *overrides, "judge=none", cwd=tmp_path)
+    assert alone.returncode == 0 and "human Bo judges" in alone.stdout, alone.stderr
     with JudgeServer(lambda n, user: Plan("3")) as server:
         asked = ["judge.model=judge", f"judge.address={server.address}"]
         done = run("experiments.tournament", *overrides, *asked, cwd=tmp_path)
