@@ -39,10 +39,8 @@ class Answers:
             raise ConfigError(f"tournament.contestants names {len(contestants)}; a tournament needs at least two")
         found = {name: self._from_file(name, who) for name, who in contestants.items() if who.answers is not None}
         files = {name: self._file(name, who) for name, who in contestants.items() if who.answers is None}
-        for adapter in dict.fromkeys(self._adapter(name) for name in files):
-            missing = {n: f for n, f in files.items() if self._adapter(n) == adapter and not self._complete(f)}
-            if missing:
-                self._generate(adapter, missing)
+        for adapter, missing in self._groups(files).items():
+            self._generate(adapter, missing)
         found |= {name: prompt_files.answers(_answers(file), self.prompts) for name, file in files.items()}
         return {name: found[name] for name in contestants}
 
@@ -85,12 +83,20 @@ class Answers:
         digest = hashlib.sha256(json.dumps(how, sort_keys=True).encode()).hexdigest()[:12]
         return self.folder / f"{name}-{digest}"
 
-    def _complete(self, file: Path) -> bool:
-        return _answers(file).is_file()
+    def _groups(self, files: dict[str, Path]) -> dict[Path | None, dict[str, Path]]:
+        """Contestants without answers yet, by adapter; the base goes with the first adapter, to load it once."""
+        groups: dict[Path | None, dict[str, Path]] = {}
+        for name, file in files.items():
+            if not _answers(file).is_file():
+                groups.setdefault(self._adapter(name), {})[name] = file
+        if None in groups and len(groups) > 1:
+            base = groups.pop(None)
+            next(iter(groups.values())).update(base)
+        return groups
 
     @torch.no_grad()
     def _generate(self, adapter: Path | None, files: dict[str, Path]) -> None:
-        """Answers of one adapter at several ranks, or of the base, batch by batch."""
+        """Answers of one adapter at several ranks, and of the base, batch by batch."""
         contestants = self.cell.config.tournament.contestants
         tokenizer = load_tokenizer(**base_id(self.cell))
         tokenizer.padding_side = "left"
