@@ -51,11 +51,12 @@ def judge(config: Config, scheduled: list[Match]) -> int:
     if settings.kind == "none":
         return 0
     with Verdicts(folder(config) / "verdicts.jsonl").writing() as verdicts:
-        known = verdicts.known(about(settings))
+        before = verdicts.of(about(settings))
+        known = {line["match"] for line in before}
         missing = [match for match in scheduled if match.key not in known]
         if not missing:
             return 0
-        note(estimate(missing, settings, [line for line in verdicts.lines() if line["match"] in known]))
+        note(estimate(missing, settings, before))
         judging = Endpoint(settings) if settings.kind == "endpoint" else Local(settings, Path(config.outputs) / "cache")
         outcome = ask_all(missing, judging.ask, settings, verdicts)
     report(outcome)

@@ -155,5 +155,5 @@ def test_the_tournament_reads_what_raters_saved(tmp_path):
     assert "human Bo judges" in done.stdout and "| human Bo " in done.stdout
     assert len(Verdicts(page.parent / "verdicts.jsonl").lines()) == 24
     assert Counter(json.loads((page.parent / "record.json").read_text())["verdicts"]) == {
-        "human Bo": 9, "judge (explain-v1)": 24,
+        "human Bo": 9, "judge (explain-v1, T 0.2)": 24,
     }  # fmt: skip

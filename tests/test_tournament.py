@@ -161,7 +161,7 @@ def test_a_judge_that_always_says_1_shows_as_an_order_effect(tmp_path):
     with JudgeServer(lambda n, user: Plan("1")) as server:
         done = run("experiments.tournament", *write_answers(tmp_path, "abc", 5), *at(server), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    row = next(line for line in done.stdout.splitlines() if line.startswith("| judge (explain-v1) | 30"))
+    row = next(line for line in done.stdout.splitlines() if line.startswith("| judge (explain-v1, T 0.2) | 30"))
     assert [cell.strip() for cell in row.split("|")[3:7]] == ["100.0", "0.0", "0.0", "100.0 [100.0, 100.0]"]
     ratings = [line for line in done.stdout.splitlines() if line.startswith(("| a ", "| b ", "| c "))]
     assert all("1000 (1) [1000, 1000]" in line for line in ratings) and len(ratings) == 3
@@ -274,4 +274,4 @@ def test_ranks_of_an_adapter_and_its_base_answer_alike_after_a_restart(tmp_path)
         assert again.returncode == 0 and server.requests == 3 * 12
     assert {name: file.read_text() for name, file in files.items()} == texts
     record = json.loads(Path(folder / "record.json").read_text())
-    assert record["verdicts"] == {"judge (explain-v1)": 36} and record["judge"]["temperature"] == 0.2
+    assert record["verdicts"] == {"judge (explain-v1, T 0.2)": 36} and record["judge"]["temperature"] == 0.2

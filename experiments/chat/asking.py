@@ -34,8 +34,9 @@ class Outcome:
 
 def about(settings: JudgeSettings) -> dict:
     """How a verdict's line names its judge."""
+    name = settings.model.rstrip("/").rsplit("/", 1)[-1]  # of a folder its last part
     return {
-        "judge": f"{settings.model.rstrip('/').rsplit('/', 1)[-1]} ({settings.prompt})",
+        "judge": f"{name} ({settings.prompt}, T {settings.temperature:g})",
         "model": settings.model,
         "prompt_version": settings.prompt,
         "temperature": settings.temperature,

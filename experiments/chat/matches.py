@@ -54,9 +54,9 @@ class Verdicts:
             return []
         return [json.loads(line) for line in self.file.read_text(encoding="utf-8").split("\n")[:-1] if line]
 
-    def known(self, judge: Mapping) -> set[str]:
-        """Keys of the matches on which this judge (see `judge_id`) has been asked."""
-        return {line["match"] for line in self.lines() if judge_id(line) == judge_id(judge)}
+    def of(self, judge: Mapping) -> list[dict]:
+        """The verdicts of one judge, see `judge_id`."""
+        return [line for line in self.lines() if judge_id(line) == judge_id(judge)]
 
     @contextmanager
     def writing(self) -> Iterator[Verdicts]:
