@@ -95,7 +95,7 @@ def _released(root: str | Path, kind: str) -> pd.DataFrame:
     for file in sorted(file for place in places for file in (folder / place).glob("*.jsonl")):
         names = file.stem.split("-gpt-4-reviewer")[0].split("-gpt4-reviewer")[0].split("-vs-")
         about = dict(zip(("model_a", "model_b"), map(_model, names), strict=True))
-        for line in file.read_text(encoding="utf-8").splitlines():
+        for line in filter(None, file.read_text(encoding="utf-8").split("\n")):
             found = json.loads(line)
             scores = {"verdict": found["score"]}
             if kind == "relative":

@@ -51,9 +51,10 @@ def human_verdicts(folder: Path) -> list[dict]:
     """
     lines = {}
     for file in sorted((folder / "human").glob("*.jsonl")):
-        for number, text in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-            line = _resolved(folder, file, number, text)
-            lines[line["judge"], line["match"]] = line
+        for number, text in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
+            if text.strip():
+                line = _resolved(folder, file, number, text)
+                lines[line["judge"], line["match"]] = line
     return list(lines.values())
 
 
