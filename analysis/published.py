@@ -29,3 +29,19 @@ def hyper_parameters() -> pd.DataFrame:
     Alternatives are separated by |; `recipe:` names a column of QLoRA's Table 9, which depends on the model's size.
     """
     return pd.read_csv(FOLDER / "hyper_parameters.csv", dtype=str)
+
+
+def qlora_elo() -> pd.DataFrame:
+    """QLoRA's Elo ratings: source (Table 1 or 7), benchmark, judge, system, elo, rank, interval (Table 1's +-1)."""
+    return pd.read_csv(FOLDER / "qlora_elo.csv").astype({"rank": "Int64"})
+
+
+def qlora_table6() -> pd.DataFrame:
+    """Percent of ChatGPT's score: source, metric, system, reference_first (ChatGPT's answer shown first),
+    system_first, mean, interval (half the 95% interval of the mean)."""
+    return pd.read_csv(FOLDER / "qlora_table6.csv")
+
+
+def qlora_agreement() -> pd.DataFrame:
+    """GPT-4 against humans: source, level (`system` or `example`), statistic, value."""
+    return pd.read_csv(FOLDER / "qlora_agreement.csv")

@@ -1,6 +1,7 @@
 """The paper's tables: pure functions of run records and published numbers -> `layout.Table`."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pandas as pd
 
@@ -175,10 +176,17 @@ def _published(grid: Grid, published: pd.DataFrame) -> list[Block]:
     return blocks
 
 
+def guanaco(records: Sequence[Record]) -> Table:
+    """QLoRA's Guanaco models (OASST1) on MMLU: Table 1's layout, beside QLoRA's Table 5."""
+    table = table1(records, qlora_table5())
+    return replace(table, title=table.title.replace("Table 1", "Guanaco", 1))
+
+
 #: A table's function of its records, by name.
 TABLES: dict[str, Callable[[Sequence[Record]], Table]] = {
     "table1": lambda records: table1(records, qlora_table5()),
     "semi_sorted": semi_sorted,
     "table2": table2,
     "table3": lambda records: table3(records, qdylora_table3()),
+    "guanaco": guanaco,
 }

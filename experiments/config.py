@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from eval.benchmarks import BENCHMARKS, FEWSHOT
+from experiments.chat.judging import PROMPTS as JUDGE_PROMPTS
+from experiments.chat.prompts import CHAT_FORMATS
 from experiments.data.formats import FORMATS
 from experiments.data.sources import SOURCES
 from qdylora.base import BITS
@@ -163,6 +167,55 @@ class Samples:
 
 
 @dataclass
+class Contestant:
+    """Who answers in a tournament: the cell's adapter at `rank`, that of another folder, or, with no field set, the
+    base model; or a file of answers, JSON lines {question_id, text}."""
+
+    rank: int | None = None
+    adapter: str | None = None
+    answers: str | None = None
+
+
+@dataclass
+class TournamentSettings:
+    """contestants: by name. prompts: JSON lines, see `experiments.chat.prompts`; limit: how many of them, or null.
+    format: how a prompt is put to the models, `auto` by the data set trained on. Nucleus sampling as QLoRA's.
+    human_matches: pairs of answers on the page for human raters."""
+
+    name: str = MISSING
+    contestants: dict[str, Any] = field(default_factory=dict)  # of Contestant, see `resolved`
+    prompts: str = MISSING
+    limit: int | None = None
+    format: str = "auto"
+    temperature: float = 0.7
+    top_p: float = 0.9
+    max_new_tokens: int = 512
+    batch: int = 16
+    human_matches: int = 50
+
+
+@dataclass
+class JudgeSettings:
+    """kind: `endpoint`, any OpenAI-compatible server at `address`; `local`, a model that `qdylora.load_base` loads; or
+    `none`, when only people judge. prompt: a version of `experiments.chat.judging`. key: the environment variable that
+    holds the key. parallel: most requests at once. timeout: seconds of one request. retries: of a request that failed.
+    prices: dollars a million tokens, for the estimate."""
+
+    kind: str = MISSING
+    model: str = MISSING
+    address: str | None = None
+    key: str = "OPENAI_API_KEY"
+    prompt: str = "explain-v1"
+    temperature: float = 0.2
+    max_tokens: int = 1024
+    parallel: int = 8
+    timeout: float = 120
+    retries: int = 6
+    price_in: float | None = None
+    price_out: float | None = None
+
+
+@dataclass
 class Tracker:
     """heldout_every: optimizer steps between held-out losses during training, or null; on `heldout_items` items."""
 
@@ -195,6 +248,8 @@ class Config:
     samples: Samples = field(default_factory=Samples)
     table: TableSettings = field(default_factory=TableSettings)
     forecast: MemoryForecast = field(default_factory=MemoryForecast)
+    tournament: TournamentSettings = field(default_factory=TournamentSettings)
+    judge: JudgeSettings = field(default_factory=JudgeSettings)
     scale: str = MISSING
     seed: int = 0
     source: str = "generated"
@@ -206,7 +261,17 @@ class Config:
 ConfigStore.instance().store(name="schema", node=Config)
 
 #: Keys that change where or how fast a cell runs, not what it computes.
-INCIDENTAL = ("table", "samples", "tracker", "forecast", "outputs", "root", "checkpoint_every")
+INCIDENTAL = (
+    "table",
+    "samples",
+    "tournament",
+    "judge",
+    "tracker",
+    "forecast",
+    "outputs",
+    "root",
+    "checkpoint_every",
+)
 INCIDENTAL_TASKS = ("tokens_per_batch", "dequantize")
 
 
@@ -222,8 +287,19 @@ def resolved(cfg: DictConfig) -> Config:
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key or 'configuration'}: {str(error.msg or error).splitlines()[0]}") from error
+    config.tournament.contestants = {
+        name: _contestant(name, fields) for name, fields in config.tournament.contestants.items()
+    }
     validate(config)
     return config
+
+
+def _contestant(name: str, fields: Any) -> Contestant:
+    """Checked here because Hydra cannot add an entry of a dataclass type from the command line."""
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Contestant), fields or {}))
+    except (OmegaConfBaseException, ValueError) as error:
+        raise ConfigError(f"tournament.contestants.{name}: {str(error).splitlines()[0]}") from error
 
 
 def validate(c: Config) -> None:
@@ -244,6 +320,9 @@ def validate(c: Config) -> None:
         "tasks.dequantize": (c.tasks.dequantize, ("auto", "always", "never")),
         "tracker.wandb": (c.tracker.wandb, ("offline", "online", "off")),
         **{f"ranks.cuts[{i}]": (how, CUTS) for i, how in enumerate(c.ranks.cuts)},
+        "tournament.format": (c.tournament.format, ("auto", *CHAT_FORMATS)),
+        "judge.kind": (c.judge.kind, ("endpoint", "local", "none")),
+        "judge.prompt": (c.judge.prompt, JUDGE_PROMPTS),
         **{f"tasks.benchmarks[{i}]": (name, BENCHMARKS) for i, name in enumerate(c.tasks.benchmarks)},
         **{f"tasks.limit_of.{name}": (name, BENCHMARKS) for name in c.tasks.limit_of},
     }
@@ -263,6 +342,16 @@ def validate(c: Config) -> None:
         "samples.items": (c.samples.items, 1),
         "checkpoint_every": (c.checkpoint_every, 1),
         "seed": (c.seed, 0),
+        "tournament.max_new_tokens": (c.tournament.max_new_tokens, 1),
+        "tournament.batch": (c.tournament.batch, 1),
+        "tournament.human_matches": (c.tournament.human_matches, 1),
+        "judge.max_tokens": (c.judge.max_tokens, 1),
+        "judge.parallel": (c.judge.parallel, 1),
+        "judge.retries": (c.judge.retries, 0),
+        "judge.timeout": (c.judge.timeout, 0.001),
+        "judge.temperature": (c.judge.temperature, 0),
+        "tournament.temperature": (c.tournament.temperature, 0),
+        **({"tournament.limit": (c.tournament.limit, 1)} if c.tournament.limit is not None else {}),
         **{f"tasks.num_fewshot.{name}": (n, 0) for name, n in c.tasks.num_fewshot.items()},
         **{
             f"tasks.{name}.{split}": (n, 1)
@@ -287,6 +376,8 @@ def validate(c: Config) -> None:
     for name, value in positive.items():
         if not 0 < value < float("inf"):
             raise ConfigError(f"{name} is {value}; it must be a positive number")
+    if not 0 < c.tournament.top_p <= 1:
+        raise ConfigError(f"tournament.top_p is {c.tournament.top_p}; it must be above 0 and at most 1")
     for name in ("warmup_ratio", "lora_dropout", "beta2"):
         if not 0 <= getattr(c.optim, name) < 1:
             raise ConfigError(f"optim.{name} is {getattr(c.optim, name)}; it must be from 0 to less than 1")
@@ -304,12 +395,33 @@ def validate(c: Config) -> None:
         )
     if c.method.update == "masked" and c.optim.name == "paged_adamw_8bit":
         raise ConfigError("method.update is 'masked' but optim.name is 'paged_adamw_8bit'; choose a 32-bit optimizer")
+    _validate_tournament(c)
     if c.source == "local" and (c.root is None or not Path(c.root).is_dir()):
         raise ConfigError(f"root is {c.root!r}; source=local needs the folder that holds the release files")
     try:
         draw(c)
     except ValueError as error:
         raise ConfigError(f"method.{error}") from error
+
+
+def _validate_tournament(c: Config) -> None:
+    for name, who in c.tournament.contestants.items():
+        if not re.fullmatch(r"[\w.-]+", name):
+            raise ConfigError(
+                f"tournament.contestants has {name!r}; a name is made of letters, digits, '.', '_' and '-'"
+            )
+        if who.answers is not None and (who.rank is not None or who.adapter is not None):
+            raise ConfigError(f"tournament.contestants.{name} has answers and an adapter; set one of the two")
+        if who.adapter is not None and who.rank is None:
+            raise ConfigError(f"tournament.contestants.{name} has an adapter but no rank; set the rank to use it at")
+        if who.rank is not None and not 1 <= who.rank <= c.ranks.r_max:
+            raise ConfigError(f"tournament.contestants.{name}.rank is {who.rank}; ranks go from 1 to {c.ranks.r_max}")
+    parts = urlsplit(c.judge.address or "")
+    if c.judge.kind == "endpoint" and parts.scheme not in ("http", "https"):
+        raise ConfigError(f"judge.address is {c.judge.address!r}; judge.kind=endpoint needs an http(s) address")
+    if parts.username or parts.password or parts.query:
+        # Not shown: it would put the secret on the screen and into logs.
+        raise ConfigError(f"judge.address holds credentials or a query; put the key in the environment ({c.judge.key})")
 
 
 def draw(c: Config) -> Draw:

@@ -22,7 +22,9 @@ def config(*overrides: str):
 
 
 @pytest.mark.parametrize("scale", names("scale"))
-@pytest.mark.parametrize("group", ["model", "method", "data", "optim", "ranks", "tasks", "tracker", "table"])
+@pytest.mark.parametrize(
+    "group", ["model", "method", "data", "optim", "ranks", "tasks", "tracker", "table", "tournament", "judge"]
+)
 def test_every_choice_of_every_group_is_valid_at_every_scale(group, scale):
     for choice in names(group):
         if scale == "paper" and choice in ("smollm2_135m", "tiny"):  # the paper has no hyper-parameters for them
@@ -47,6 +49,19 @@ def test_at_scale_paper_every_cell_of_a_table_has_qloras_hyper_parameters():
         assert c.optim.lr == pytest.approx(1e-4 if size == "33b" else 2e-4)
         assert c.optim.lora_dropout == pytest.approx(0.05 if size == "33b" else 0.1)
         assert (c.optim.name, c.optim.schedule, c.optim.max_grad_norm) == ("paged_adamw_32bit", "constant", 0.3)
+
+
+def test_guanaco_has_qloras_hyper_parameters_at_every_size():
+    table = config("scale=paper", "table=guanaco").table
+    assert (table.data, table.methods) == (["oasst1"], ["qlora", "qdylora"])
+    rates = {"llama_7b": 2e-4, "llama_13b": 2e-4, "llama_33b": 1e-4, "llama_65b": 1e-4}
+    assert set(table.models) == set(rates)
+    for model, method in product(rates, table.methods):
+        c = config("scale=paper", "table=guanaco", f"model={model}", "data=oasst1", f"method={method}")
+        assert (c.budget.steps, c.budget.batch, c.data.target_max_len) == (1875, 16, 512)
+        assert c.optim.lr == pytest.approx(rates[model])
+        assert c.optim.lora_dropout == pytest.approx(0.1 if rates[model] == 2e-4 else 0.05)
+        assert (c.ranks.r_max, c.method.alpha, c.method.bits, c.optim.max_grad_norm) == (64, 16, 4, 0.3)
 
 
 def test_methods_differ_in_what_the_paper_says_they_do():
@@ -129,6 +144,8 @@ def test_keys_that_change_no_result_do_not_change_what_a_cell_is():
         "forecast.gpu_gb=32",
         "tracker=none",
         "outputs=/tmp/x",
+        "tournament=files",
+        "judge=local",
         "tasks.tokens_per_batch=64",
         "checkpoint_every=1",
     ):
