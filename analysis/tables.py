@@ -10,6 +10,7 @@ from analysis.notes import protocol, reading, scope
 from analysis.published import qlora_table5
 from analysis.records import Record, check_comparable
 from analysis.stats import DEFAULT, DIFFERENCE, Bootstrap, Estimate, best_of_ranks, mean_at
+from analysis.sweep import sweep
 
 __all__ = ["TABLES", "Table", "table1", "to_csv", "to_latex", "to_markdown"]
 
@@ -174,4 +175,7 @@ def _published(grid: Grid, published: pd.DataFrame) -> list[Block]:
 
 
 #: A table's function of its records, by name.
-TABLES: dict[str, Callable[[Sequence[Record]], Table]] = {"table1": lambda records: table1(records, qlora_table5())}
+TABLES: dict[str, Callable[[Sequence[Record]], Table]] = {
+    "table1": lambda records: table1(records, qlora_table5()),
+    "sweep": sweep,
+}

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -13,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from eval.benchmarks import BENCHMARKS
 from experiments.data.formats import FORMATS
 from experiments.data.sources import SOURCES
+from experiments.files import Damaged, disk_is_full
 from qdylora.base import BITS
 from qdylora.draw import Draw
 from qdylora.gate import SCALES
@@ -129,13 +134,15 @@ class Tasks:
 
 @dataclass
 class TableSettings:
-    """A table's cells: models x data x methods x seeds, names of the groups' files."""
+    """A table's cells: models x data x methods x seeds, names of the groups' files; and, of a sweep, x ranks: each
+    trained with that r_max and scored at it."""
 
     name: str = MISSING
     models: list[str] = field(default_factory=list)
     data: list[str] = field(default_factory=list)
     methods: list[str] = field(default_factory=list)
     seeds: list[int] = field(default_factory=lambda: [0])
+    ranks: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -149,6 +156,28 @@ class Tracker:
 
 
 @dataclass
+class Cluster:
+    """What a cell asks of SLURM; null leaves it to the cluster. gpus and processes: on each of the nodes. warning:
+    seconds before the time limit at which a cell saves itself and is requeued. at_once: tasks of an array. wait: follow
+    the array and print the table."""
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    nodes: int = 1
+    processes: int = 1
+    gpus: int | None = None
+    cpus: int | None = None
+    memory: str | None = None
+    time: str | None = None
+    warning: int = 300
+    at_once: int | None = None
+    modules: list[str] = field(default_factory=list)
+    environment: dict[str, str] = field(default_factory=dict)
+    wait: bool = True
+
+
+@dataclass
 class Config:
     model: Model = field(default_factory=Model)
     method: Method = field(default_factory=Method)
@@ -159,23 +188,38 @@ class Config:
     tasks: Tasks = field(default_factory=Tasks)
     tracker: Tracker = field(default_factory=Tracker)
     table: TableSettings = field(default_factory=TableSettings)
+    cluster: Cluster = field(default_factory=Cluster)
     scale: str = MISSING
     seed: int = 0
     source: str = "generated"
     root: str | None = None
     outputs: str = "outputs"
     checkpoint_every: int = 20
+    when_busy: str = "wait"
 
 
 ConfigStore.instance().store(name="schema", node=Config)
 
 #: Keys that change where or how fast a cell runs, not what it computes.
-INCIDENTAL = ("table", "tracker", "outputs", "root", "checkpoint_every")
+INCIDENTAL = ("table", "cluster", "tracker", "outputs", "root", "checkpoint_every", "when_busy")
 INCIDENTAL_TASKS = ("tokens_per_batch", "dequantize")
 
 
 class ConfigError(ValueError):
     """A bad value in the configuration: one sentence that names the field, the value and the way out."""
+
+
+@contextmanager
+def mistakes_in(what: str) -> Iterator[None]:
+    """Around the reading of what a user names: a complaint about it becomes a ConfigError that says what was read."""
+    try:
+        yield
+    except (ConfigError, Damaged, FileNotFoundError):
+        raise
+    except (OSError, ValueError, StrictDataclassError) as error:
+        if disk_is_full(error):
+            raise
+        raise ConfigError(f"{what}: {' '.join(str(error).split())}") from error
 
 
 def resolved(cfg: DictConfig) -> Config:
@@ -205,12 +249,19 @@ def validate(c: Config) -> None:
         "optim.compute_dtype": (c.optim.compute_dtype, ("auto", "float32", "bfloat16", "float16")),
         "optim.adapter_dtype": (c.optim.adapter_dtype, ("float32", "bfloat16")),
         "tasks.dequantize": (c.tasks.dequantize, ("auto", "always", "never")),
+        "when_busy": (c.when_busy, ("wait", "leave")),
         "tracker.wandb": (c.tracker.wandb, ("offline", "online", "off")),
         **{f"tasks.benchmarks[{i}]": (name, BENCHMARKS) for i, name in enumerate(c.tasks.benchmarks)},
     }
     for name, (value, choices) in one_of.items():
         if value not in choices:
             raise ConfigError(f"{name} is {value!r}; choose one of {', '.join(map(str, choices))}")
+    names = {"model": c.model, "data": c.data, "method": c.method, "table": c.table}
+    for name, value in {"scale": c.scale, **{f"{group}.name": part.name for group, part in names.items()}}.items():
+        if not re.fullmatch(r"\w[\w.-]*", value, re.ASCII):
+            raise ConfigError(
+                f"{name} is {value!r}; as part of a file name it may have letters, digits, '.', '_' and '-'"
+            )
     at_least = {
         "budget.steps": (c.budget.steps, 1),
         "budget.batch": (c.budget.batch, 1),
@@ -222,6 +273,9 @@ def validate(c: Config) -> None:
         "tasks.heldout_items": (c.tasks.heldout_items, 2),
         "tasks.tokens_per_batch": (c.tasks.tokens_per_batch, 64),
         "checkpoint_every": (c.checkpoint_every, 1),
+        "cluster.nodes": (c.cluster.nodes, 1),
+        "cluster.processes": (c.cluster.processes, 1),
+        "cluster.warning": (c.cluster.warning, 1),
         "seed": (c.seed, 0),
         **{f"tasks.num_fewshot.{name}": (n, 0) for name, n in c.tasks.num_fewshot.items()},
         **{f"tasks.limit.{split}": (n, 1) for split, n in vars(c.tasks.limit).items() if n is not None},

@@ -2,40 +2,35 @@
 
 from __future__ import annotations
 
-import traceback
+import os
 
-from eval.engine import is_out_of_memory
-from experiments.cell import Cell, note
-from experiments.cli import command, quiet
+from experiments.attempt import attempt
+from experiments.cell import Cell
+from experiments.cli import command, quiet, verdict
 from experiments.config import Config, ConfigError
 from experiments.score import score
-from experiments.train import peak_memory, train
+from experiments.train import train
 
 
 def run(cell: Cell) -> dict:
     """The cell's record, from its file if the cell has ended. Running out of memory is a result."""
     if record := cell.record():
         return record
-    for name in cell.prepare():
-        note(f"{cell.name}: {name} has changed; what was there is put aside, the cell starts anew")
-    try:
-        return cell.finish("done", **train(cell), **score(cell))
-    except (ConfigError, FileNotFoundError):
-        raise
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        if is_out_of_memory(error):
-            return cell.finish("oom", reason, budget={"asked": cell.budget}, peak_memory_bytes=peak_memory())
-        traceback.print_exc()
-        return cell.finish("failed", reason, budget={"asked": cell.budget})
+    with attempt(cell):
+        if record := cell.record():  # another process has just finished it
+            return record
+        cell.finish("done", **train(cell), **score(cell))
+    return cell.ended()
 
 
 def main(config: Config) -> int:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ConfigError(
+            "WORLD_SIZE is more than 1, but only training uses several processes: "
+            "start experiments.train with torchrun, then experiments.run without"
+        )
     quiet()
-    record = run(Cell(config))
-    if record["status"] == "failed":
-        note(f"{record['name']} failed: {record['reason']}")
-    return int(record["status"] == "failed")
+    return verdict(run(Cell(config)))
 
 
 if __name__ == "__main__":

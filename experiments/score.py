@@ -15,13 +15,15 @@ from eval.engine import AllRanks
 from eval.lm import RankedLM
 from eval.score import answer, heldout_loss
 from eval.score import score as score_task
-from experiments.cell import Cell, note, read_json, write_json
-from experiments.cli import command, quiet
-from experiments.config import Config, ConfigError
+from experiments.attempt import attempt
+from experiments.cell import Cell
+from experiments.cli import command, quiet, verdict
+from experiments.config import Config, ConfigError, mistakes_in
 from experiments.examples import prepare, release_folder
+from experiments.files import Damaged, flaws, read_json, write_json
 from experiments.monitor import sequences
-from experiments.train import base_id, base_model
-from qdylora import load_adapter, load_tokenizer
+from experiments.train import base_model, tokenizer_of
+from qdylora import load_adapter
 
 SPLITS = ("validation", "test")
 
@@ -30,8 +32,13 @@ def score(cell: Cell) -> dict:
     """The results of a cell: held-out loss and tasks at every evaluation rank, for its record."""
     if not cell.adapter.is_dir():
         raise ConfigError(f"{cell.name} has no trained adapter in {cell.adapter}; run experiments.train first")
+    if broken := flaws(cell.adapter):
+        raise Damaged(
+            f"{cell.adapter / broken[0]} is missing or differs from its checksum; "
+            f"delete {cell.folder}/training.json, and the adapter is trained again"
+        )
     c = cell.config
-    tokenizer = load_tokenizer(**base_id(cell))
+    tokenizer = tokenizer_of(cell)
     model = load_adapter(base_model(cell), cell.adapter)
     held_out = sequences(prepare(c, tokenizer).held_out)
     engine = AllRanks(model, c.ranks.eval, c.tasks.tokens_per_batch)
@@ -63,7 +70,8 @@ def _benchmark(cell: Cell, name: str, engine: AllRanks, tokenizer) -> dict:
             references=c.tasks.webglm_references,
             keep_citations=c.tasks.webglm_citations,
         )
-        tasks[split] = load(name, split, settings)
+        with mistakes_in(f"benchmark {name}"):
+            tasks[split] = load(name, split, settings)
     lm = RankedLM(engine, tokenizer)
 
     def compute(split: str) -> Callable[[Path], dict]:
@@ -91,12 +99,13 @@ def _part_file(cell: Cell, name: str) -> Path:
     return cell.folder / "parts" / f"{name}.json"
 
 
-def main(config: Config) -> None:
+def main(config: Config) -> int:
     quiet()
     cell = Cell(config)
-    for name in cell.prepare():
-        note(f"{cell.name}: {name} has changed; what was there is put aside")
-    print(json.dumps(score(cell)["heldout"]["ranks"]))
+    with attempt(cell):
+        print(json.dumps(score(cell)["heldout"]["ranks"]))
+        return 0
+    return verdict(cell.ended())
 
 
 if __name__ == "__main__":
