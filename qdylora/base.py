@@ -26,6 +26,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.integrations import is_fsdp_enabled
 from transformers.models.falcon import modeling_falcon
 
 log = logging.getLogger(__name__)
@@ -84,6 +85,8 @@ def load_base(
         bnb_4bit_quant_type=quant_type,
         bnb_4bit_use_double_quant=double_quant,
         bnb_4bit_compute_dtype=dtype,
+        # FSDP shards floating-point tensors only: the packed weights have to be stored as one.
+        bnb_4bit_quant_storage=dtype if is_fsdp_enabled() else None,
     )
     source, revision = _local_or_hub(model_id, revision, cache, random_config)
     with _falcon_with_plain_linear_layers():

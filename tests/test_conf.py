@@ -46,9 +46,7 @@ def test_at_scale_paper_every_cell_of_a_table_has_qloras_hyper_parameters():
 
 def test_methods_differ_in_what_the_paper_says_they_do():
     methods = {name: config(f"method={name}") for name in names("method")}
-    assert {n: c.method.bits for n, c in methods.items()} == {
-        n: 16 if n in ("dylora", "lora") else 4 for n in methods
-    }
+    assert {n: c.method.bits for n, c in methods.items()} == {n: 16 if n in ("dylora", "lora") else 4 for n in methods}
     assert draw(methods["qlora"]) == draw(methods["lora"]) == Draw(r_max=64, kind="fixed")
     assert draw(methods["qdylora"]) == draw(methods["dylora"]) == Draw(r_max=64)
     assert methods["qdylora"].method.scale == "alpha_over_b"
