@@ -26,7 +26,6 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
-from transformers.integrations import is_fsdp_enabled
 from transformers.models.falcon import modeling_falcon
 
 log = logging.getLogger(__name__)
@@ -86,7 +85,7 @@ def load_base(
         bnb_4bit_use_double_quant=double_quant,
         bnb_4bit_compute_dtype=dtype,
         # FSDP shards floating-point tensors only: the packed weights have to be stored as one.
-        bnb_4bit_quant_storage=dtype if is_fsdp_enabled() else None,
+        bnb_4bit_quant_storage=dtype if os.environ.get("ACCELERATE_USE_FSDP") == "true" else None,
     )
     source, revision = _local_or_hub(model_id, revision, cache, random_config)
     with _falcon_with_plain_linear_layers():
