@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from filelock import SoftFileLease, Timeout
@@ -24,29 +24,29 @@ class Busy(Exception):
     """Another process runs the cell."""
 
 
-@contextmanager
-def attempt(cell: Cell) -> Iterator[None]:
-    """Hold the cell, put aside the work of another configuration, and end with a record if the body fails.
+def attempt(cell: Cell, work: Callable[[], dict]) -> dict | None:
+    """What `work` returns, done while holding the cell, or None if it failed or ran out of memory: the cell then has a
+    record that says so. Work of another configuration is put aside first.
 
     A user's mistake, a full disk and a signal leave no record: the cell is as if it had not been started. Raises Busy
     if another process holds the cell and `when_busy` is leave.
     """
     if int(os.environ.get("RANK", 0)):  # the first of several processes holds the cell for all
-        with _recorded(cell):
-            yield
-        return
+        return _recorded(cell, work)
     with alone(cell):
         for name in cell.prepare():
             note(f"{cell.name}: {name} has changed; what was there is put aside, the cell starts anew")
-        with _recorded(cell):
+
+        def counted() -> dict:
             _count_start(cell)
-            yield
+            return work()
+
+        return _recorded(cell, counted)
 
 
-@contextmanager
-def _recorded(cell: Cell) -> Iterator[None]:
+def _recorded(cell: Cell, work: Callable[[], dict]) -> dict | None:
     try:
-        yield
+        return work()
     except (ConfigError, Damaged, FileNotFoundError):
         _starts_file(cell).unlink(missing_ok=True)
         cell.withdraw()
@@ -61,10 +61,12 @@ def _recorded(cell: Cell) -> Iterator[None]:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         if is_out_of_memory(error):
             cell.finish("oom", reason, oom="met")
-            return
-        if not isinstance(error, Hopeless):
+        elif isinstance(error, Hopeless):
+            cell.finish("failed", str(error))
+        else:
             traceback.print_exc()
-        cell.finish("failed", str(error) if isinstance(error, Hopeless) else reason)
+            cell.finish("failed", reason)
+        return None
 
 
 class Hopeless(RuntimeError):

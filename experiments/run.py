@@ -16,10 +16,8 @@ def run(cell: Cell) -> dict:
     """The cell's record, from its file if the cell has ended. Running out of memory is a result."""
     if record := cell.record():
         return record
-    with attempt(cell):
-        if record := cell.record():  # another process has just finished it
-            return record
-        cell.finish("done", **train(cell), **score(cell))
+    # It may have been finished by another process while this one waited for it.
+    attempt(cell, lambda: cell.record() or cell.finish("done", **train(cell), **score(cell)))
     return cell.ended()
 
 

@@ -102,10 +102,11 @@ def _part_file(cell: Cell, name: str) -> Path:
 def main(config: Config) -> int:
     quiet()
     cell = Cell(config)
-    with attempt(cell):
-        print(json.dumps(score(cell)["heldout"]["ranks"]))
-        return 0
-    return verdict(cell.ended())
+    scored = attempt(cell, lambda: score(cell))
+    if scored is None:
+        return verdict(cell.ended())
+    print(json.dumps(scored["heldout"]["ranks"]))
+    return 0
 
 
 if __name__ == "__main__":

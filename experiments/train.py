@@ -166,6 +166,7 @@ def training_arguments(c: Config, folder: Path) -> TrainingArguments:
         logging_strategy="steps",
         logging_steps=1,
         logging_nan_inf_filter=False,
+        ddp_find_unused_parameters=False,
         include_num_input_tokens_seen="non_padding",
         report_to=[],
         disable_tqdm=True,
@@ -217,12 +218,12 @@ def _conclude(cell: Cell, trainer: Trainer, examples: Examples, log: list[dict])
 def main(config: Config) -> int:
     quiet()
     cell = Cell(config)
-    with attempt(cell):
-        spent = train(cell)["budget"]["spent"]
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(json.dumps(spent))
-        return 0
-    return verdict(cell.ended())
+    trained = attempt(cell, lambda: train(cell))
+    if trained is None:
+        return verdict(cell.ended())
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(json.dumps(trained["budget"]["spent"]))
+    return 0
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from tests.test_cells import lines, without_time
 
 BASE = ("scale=smoke", "tracker=none", "tasks.benchmarks=[]", "cluster.time=20")
 SWEEP = (*BASE, "table=sweep", "table.models=[tiny,tiny_wide]", "table.ranks=[1,2]")
-LONG = (*BASE, "table=table1", "table.data=[alpaca]", "table.methods=[qdylora]", "budget.steps=300",
+LONG = (*BASE, "table=table1", "table.data=[alpaca]", "table.methods=[qdylora]", "budget.steps=120",
         "checkpoint_every=1000", "optim.compute_dtype=float32")  # fmt: skip
 NAME = "tiny--alpaca--qdylora--seed0"
 CELL = f"outputs/smoke/table1/{NAME}"
