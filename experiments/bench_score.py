@@ -20,8 +20,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from eval.benchmarks import Settings, Task, load
 from eval.dequantize import dequantized
 from experiments.against_stock import R_MAX, Subject, max_abs_dlogp, only, outcomes, outcomes_of_all_ranks
-from experiments.cell import environment, note, write_json
+from experiments.cell import environment, note
 from experiments.cli import quiet
+from experiments.files import write_json
 from qdylora import compute_dtype
 
 RANKS = [1, 2, 4, 8, 16, 32, 64]

@@ -7,6 +7,7 @@ outputs/<scale>/<table>/<model>--<data>--<method>--seed<N>[--steps<N> where the 
     training.json    what training spent
     parts/, items/   scores and per-item outcomes as they are computed
     checkpoints/, log.jsonl, wandb/
+    config.json, starts.json
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import hashlib
 import json
 import os
 import platform
+import resource
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -25,6 +28,7 @@ from pathlib import Path
 import torch
 
 from experiments.config import Config, substance
+from experiments.files import Damaged, read_json, write_json
 
 SCHEMA = 1
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "lm_eval", "numpy")
@@ -37,8 +41,9 @@ class Cell:
     @property
     def name(self) -> str:
         c = self.config
-        name = f"{c.model.name}--{c.data.name}--{c.method.name}--seed{c.seed}"
-        return f"{name}--steps{c.budget.steps}" if c.table.budgets else name
+        rank = f"--r{c.ranks.r_max}" if c.table.ranks else ""
+        steps = f"--steps{c.budget.steps}" if c.table.budgets else ""
+        return f"{c.model.name}--{c.data.name}--{c.method.name}{rank}--seed{c.seed}{steps}"
 
     @property
     def key(self) -> dict:
@@ -87,11 +92,23 @@ class Cell:
     def record(self) -> dict | None:
         """The record of this very configuration, or None if the cell has not ended or has failed, or if it was
         forecast not to fit another GPU."""
-        record = read_json(self.record_file) or {}
-        if record.get("digest") != self.digest or record["status"] == "failed":
+        record = self.ended()
+        if record is None or record["status"] == "failed":
             return None
         elsewhere = record.get("oom") == "forecast" and record["config"]["forecast"] != self.plain_config["forecast"]
         return None if elsewhere else record
+
+    def ended(self) -> dict | None:
+        """As `record`, but also that of a failed cell. Damaged if the file is, or was written by other code."""
+        record = read_json(self.record_file)
+        if record is None:
+            return None
+        if record.get("schema") != SCHEMA:
+            raise Damaged(
+                f"{self.record_file} has record schema {record.get('schema')!r}, and this code writes {SCHEMA}; "
+                "use the code that wrote it, or delete it to have the cell scored again"
+            )
+        return record if record.get("digest") == self.digest else None
 
     def prepare(self) -> list[str]:
         """Make the folder. If it holds another configuration's work, put that aside and return what differs."""
@@ -101,10 +118,18 @@ class Cell:
         if before and before["digest"] != self.digest:
             changed = sorted(_differences(before["config"], substance(self.plain_config)))
             os.replace(self.folder, self.folder.with_name(f"{self.name}~{before['digest']}"))
+        for draft in self.folder.rglob(".*.json.*"):  # of a process killed while it wrote
+            draft.unlink()
         if not before or changed:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(marker, {"digest": self.digest, "config": substance(self.plain_config)})
         return changed
+
+    def withdraw(self) -> None:
+        """Remove the folder if nothing has been computed in it."""
+        bookkeeping = {self.folder / "config.json", self.folder / "starts.json"}
+        if self.folder.is_dir() and set(self.folder.iterdir()) <= bookkeeping:
+            shutil.rmtree(self.folder)
 
     def finish(self, status: str, reason: str | None = None, **results) -> dict:
         """Write and return the record."""
@@ -117,9 +142,11 @@ class Cell:
             "digest": self.digest,
             "config": self.plain_config,
             **environment(),
+            **({"budget": {"asked": self.budget}, "peak_memory_bytes": peak_memory()} if status != "done" else {}),
             **results,
         }
         write_json(self.record_file, record)
+        (self.folder / "starts.json").unlink(missing_ok=True)
         return record
 
 
@@ -150,28 +177,12 @@ def _cpu_name() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def read_json(file: Path) -> dict | None:
-    """A JSON file's content, None if there is no file. ValueError that names it if it is broken."""
-    try:
-        return json.loads(file.read_text())
-    except FileNotFoundError:
-        return None
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{file} is not valid JSON ({error}); delete it, and what it says is computed again"
-        ) from error
-
-
-def write_json(file: Path, content: dict) -> None:
-    """Write a JSON file so that a reader, or a crash, sees the old one or the new one and nothing between."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    draft = file.with_name(f".{file.name}.{os.getpid()}")
-    with open(draft, "w") as stream:
-        json.dump(content, stream, indent=1)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(draft, file)
+def peak_memory() -> int:
+    """Most bytes in use at once so far: allocated on the GPU, or resident in this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def note(text: str) -> None:

@@ -2,40 +2,53 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
+import torch
 from transformers import TrainerCallback
 
-from eval.releases import sha256
-from experiments.cell import note, read_json, write_json
+from experiments.cell import note
 from experiments.config import ConfigError
+from experiments.files import flaws, seal
 
-SEAL = "checksums.json"
+KEPT = 2
 
 
 class Seal(TrainerCallback):
-    """Seals a checkpoint when the Trainer, and the callbacks before this one, have written all of it."""
+    """Seals a checkpoint when the Trainer, and the callbacks before this one, have written all of it; then removes
+    all but the newest `KEPT`.
+
+    The Trainer itself would remove old ones before the new one is sealed, and go by the clock.
+    """
 
     def on_save(self, args, state, control, **kwargs):
+        if args.world_size > 1:
+            torch.distributed.barrier()  # every process writes its random state
         if state.is_world_process_zero:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            write_json(folder / SEAL, {f.name: sha256(f) for f in sorted(folder.iterdir()) if f.is_file()})
+            folder = Path(args.output_dir)
+            seal(folder / f"checkpoint-{state.global_step}")
+            for old in newest_first(folder)[KEPT:]:
+                shutil.rmtree(old)
 
 
 def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("checkpoint-"))
 
 
+def newest_first(folder: Path) -> list[Path]:
+    """The checkpoints in `folder`, whole or not."""
+    return sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True)
+
+
 def last_good(folder: Path) -> Path | None:
-    """The newest checkpoint in `folder` whose files are all as they were sealed."""
-    for checkpoint in sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True):
-        try:
-            sums = read_json(checkpoint / SEAL)
-        except ValueError:
-            sums = None
-        if sums and all((checkpoint / name).is_file() and sha256(checkpoint / name) == s for name, s in sums.items()):
+    """The newest checkpoint in `folder` whose files are all as they were sealed. Newer ones, which are of no use, are
+    removed."""
+    for checkpoint in newest_first(folder):
+        if not flaws(checkpoint):
             return checkpoint
         note(f"{checkpoint} is incomplete or damaged; using the one before it")
+        shutil.rmtree(checkpoint)
     return None
 
 

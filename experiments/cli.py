@@ -1,48 +1,89 @@
-"""How every command starts: Hydra composes, the schema checks, and a user's mistake is one sentence, exit code 2."""
+"""How every command starts and ends: Hydra composes, the schema checks, and the exit code says what to do next.
+
+- 0: done (running out of memory is a result too)
+- 1: a cell failed, or the disk is full
+- 2: the user's mistake, in one sentence; nothing was written
+- 75: stopped by a signal, or another process has the cell; the same command goes on
+"""
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from experiments.attempt import Busy
+from experiments.cell import note
 from experiments.config import CONF, Config, ConfigError, resolved
+from experiments.files import Damaged, disk_is_full
+from experiments.multirun import make_ready
+from experiments.signals import AGAIN, Interrupted, listen
 
-# Weights of a few hundred MB come and go with every quantized forward pass: keep them mapped.
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 32)}
+MISTAKES = (ConfigError, Damaged, HydraException, OmegaConfBaseException, FileNotFoundError)
+NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 
 
-def command(work: Callable[[Config], int | None]) -> None:
+class Unsuccessful(Exception):
+    """A command ended with an exit code other than 0. An exception so that Hydra's launchers see it too."""
+
+    @property
+    def code(self) -> int:
+        return self.args[0]
+
+
+def command(work: Callable[[Config], int]) -> None:
     """Run `work` on the configuration that the command line asks for; exits with its code."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors through to us
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    codes: list[int] = []
+    listen()
+    make_ready(sys.argv)
+    ended: list[Exception] = []
 
     @hydra.main(config_path=CONF, config_name="config", version_base="1.3")
     def run(cfg: DictConfig) -> None:
-        with _mistakes_in_one_sentence():  # here too, since Hydra has words of its own for what leaves this function
-            codes.append(work(resolved(cfg)) or 0)
+        try:
+            if code := work(resolved(cfg)):
+                raise Unsuccessful(code)
+        except Exception as error:
+            if HydraConfig.get().mode == RunMode.MULTIRUN:  # its launcher may be in another process
+                raise
+            ended.append(error)  # Hydra would print the whole command line first
 
-    with _mistakes_in_one_sentence():
-        run()
-    sys.exit(max(codes, default=0))
-
-
-@contextmanager
-def _mistakes_in_one_sentence() -> Iterator[None]:
     try:
-        yield
-    except (ConfigError, HydraException, OmegaConfBaseException, FileNotFoundError) as error:
-        print(f"error: {sentence(error)}", file=sys.stderr)
-        sys.exit(2)
+        run()
+        for error in ended:
+            raise error
+    except Unsuccessful as error:
+        sys.exit(error.code)
+    except (Busy, Interrupted) as error:
+        note(f"{error}; the same command goes on where this one was")
+        sys.exit(AGAIN)
+    except Exception as error:
+        code = exit_code(error)
+        if code is None:
+            raise
+        note(f"error: {sentence(error)}")
+        sys.exit(code)
+    sys.exit(0)
+
+
+def exit_code(error: Exception) -> int | None:
+    """The exit code for an error that one sentence explains; None for any other."""
+    if disk_is_full(error):
+        return 1
+    if isinstance(error, MISTAKES) or (isinstance(error, OSError) and error.errno in NOT_WRITABLE):
+        return 2
+    return None
 
 
 def sentence(error: BaseException) -> str:
@@ -51,7 +92,18 @@ def sentence(error: BaseException) -> str:
     parts = [" ".join(text.split())]
     if isinstance(error, HydraException) and error.__cause__ is not None:
         parts.append(str(error.__cause__).splitlines()[0])
+    if disk_is_full(error):
+        parts.append("free some space and run the same command again; nothing that was computed is lost")
+    elif isinstance(error, OSError) and error.errno in NOT_WRITABLE:
+        parts.append("name a folder that can be written with outputs=FOLDER")
     return ": ".join(parts)
+
+
+def verdict(record: dict) -> int:
+    """The exit code for a record, with a line for the user if it tells of a failure."""
+    if record["status"] == "failed":
+        note(f"{record['name']} failed: {record['reason']}")
+    return int(record["status"] == "failed")
 
 
 def quiet() -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from huggingface_hub.errors import StrictDataclassError
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -17,6 +20,7 @@ from experiments.chat.judging import PROMPTS as JUDGE_PROMPTS
 from experiments.chat.prompts import CHAT_FORMATS
 from experiments.data.formats import FORMATS
 from experiments.data.sources import SOURCES
+from experiments.files import Damaged, disk_is_full
 from qdylora.base import BITS
 from qdylora.cut import CUTS
 from qdylora.draw import Draw
@@ -145,8 +149,8 @@ class Tasks:
 class TableSettings:
     """A table's cells: models x data x methods x seeds, names of the groups' files.
 
-    budgets: to sweep the budget too, shares of the scale's own optimizer steps. of: the tables whose settings a
-    table without cells lists.
+    budgets: to sweep the budget too, shares of the scale's own optimizer steps. ranks: of a sweep, each trained with
+    that r_max and scored at it. of: the tables whose settings a table without cells lists.
     """
 
     name: str = MISSING
@@ -156,6 +160,7 @@ class TableSettings:
     data: list[str] = field(default_factory=list)
     methods: list[str] = field(default_factory=list)
     seeds: list[int] = field(default_factory=lambda: [0])
+    ranks: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -236,6 +241,28 @@ class MemoryForecast:
 
 
 @dataclass
+class Cluster:
+    """What a cell asks of SLURM; null leaves it to the cluster. gpus and processes: on each of the nodes. warning:
+    seconds before the time limit at which a cell saves itself and is requeued. at_once: tasks of an array. wait: follow
+    the array and print the table."""
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    nodes: int = 1
+    processes: int = 1
+    gpus: int | None = None
+    cpus: int | None = None
+    memory: str | None = None
+    time: str | None = None
+    warning: int = 300
+    at_once: int | None = None
+    modules: list[str] = field(default_factory=list)
+    environment: dict[str, str] = field(default_factory=dict)
+    wait: bool = True
+
+
+@dataclass
 class Config:
     model: Model = field(default_factory=Model)
     method: Method = field(default_factory=Method)
@@ -250,12 +277,14 @@ class Config:
     forecast: MemoryForecast = field(default_factory=MemoryForecast)
     tournament: TournamentSettings = field(default_factory=TournamentSettings)
     judge: JudgeSettings = field(default_factory=JudgeSettings)
+    cluster: Cluster = field(default_factory=Cluster)
     scale: str = MISSING
     seed: int = 0
     source: str = "generated"
     root: str | None = None
     outputs: str = "outputs"
     checkpoint_every: int = 20
+    when_busy: str = "wait"
 
 
 ConfigStore.instance().store(name="schema", node=Config)
@@ -263,6 +292,7 @@ ConfigStore.instance().store(name="schema", node=Config)
 #: Keys that change where or how fast a cell runs, not what it computes.
 INCIDENTAL = (
     "table",
+    "cluster",
     "samples",
     "tournament",
     "judge",
@@ -271,12 +301,26 @@ INCIDENTAL = (
     "outputs",
     "root",
     "checkpoint_every",
+    "when_busy",
 )
 INCIDENTAL_TASKS = ("tokens_per_batch", "dequantize")
 
 
 class ConfigError(ValueError):
     """A bad value in the configuration: one sentence that names the field, the value and the way out."""
+
+
+@contextmanager
+def mistakes_in(what: str) -> Iterator[None]:
+    """Around the reading of what a user names: a complaint about it becomes a ConfigError that says what was read."""
+    try:
+        yield
+    except (ConfigError, Damaged, FileNotFoundError):
+        raise
+    except (OSError, ValueError, StrictDataclassError) as error:
+        if disk_is_full(error):
+            raise
+        raise ConfigError(f"{what}: {' '.join(str(error).split())}") from error
 
 
 def resolved(cfg: DictConfig) -> Config:
@@ -318,6 +362,7 @@ def validate(c: Config) -> None:
         "optim.adapter_dtype": (c.optim.adapter_dtype, ("float32", "bfloat16")),
         "tasks.fewshot": (c.tasks.fewshot, FEWSHOT),
         "tasks.dequantize": (c.tasks.dequantize, ("auto", "always", "never")),
+        "when_busy": (c.when_busy, ("wait", "leave")),
         "tracker.wandb": (c.tracker.wandb, ("offline", "online", "off")),
         **{f"ranks.cuts[{i}]": (how, CUTS) for i, how in enumerate(c.ranks.cuts)},
         "tournament.format": (c.tournament.format, ("auto", *CHAT_FORMATS)),
@@ -329,6 +374,12 @@ def validate(c: Config) -> None:
     for name, (value, choices) in one_of.items():
         if value not in choices:
             raise ConfigError(f"{name} is {value!r}; choose one of {', '.join(map(str, choices))}")
+    names = {"model": c.model, "data": c.data, "method": c.method, "table": c.table}
+    for name, value in {"scale": c.scale, **{f"{group}.name": part.name for group, part in names.items()}}.items():
+        if not re.fullmatch(r"\w[\w.-]*", value, re.ASCII):
+            raise ConfigError(
+                f"{name} is {value!r}; as part of a file name it may have letters, digits, '.', '_' and '-'"
+            )
     at_least = {
         "budget.steps": (c.budget.steps, 1),
         "budget.batch": (c.budget.batch, 1),
@@ -341,6 +392,9 @@ def validate(c: Config) -> None:
         "tasks.tokens_per_batch": (c.tasks.tokens_per_batch, 64),
         "samples.items": (c.samples.items, 1),
         "checkpoint_every": (c.checkpoint_every, 1),
+        "cluster.nodes": (c.cluster.nodes, 1),
+        "cluster.processes": (c.cluster.processes, 1),
+        "cluster.warning": (c.cluster.warning, 1),
         "seed": (c.seed, 0),
         "tournament.max_new_tokens": (c.tournament.max_new_tokens, 1),
         "tournament.batch": (c.tournament.batch, 1),

@@ -13,9 +13,10 @@ import torch
 from peft import PeftModel
 from transformers import AutoConfig, PreTrainedConfig
 
-from experiments.cell import Cell, note, write_json
+from experiments.cell import Cell, note
 from experiments.cli import command, quiet
 from experiments.config import Config, ConfigError, MemoryForecast
+from experiments.files import write_json
 from qdylora import compute_dtype
 from qdylora.base import base_without_weights
 from qdylora.forecast import Forecast, Shape, Training, attach_without_weights, forecast, largest_micro_batch

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 from transformers import TrainerCallback
 
 from eval.engine import AllRanks
 from eval.score import heldout_loss
+from experiments import signals
+from experiments.attempt import Hopeless
 from experiments.config import Config
 from experiments.data.encode import Encoded
 from qdylora import DrawCallback
@@ -98,6 +102,35 @@ class Log(TrainerCallback):
         logs |= {"line": line}
         with open(self.file, "a") as stream:
             stream.write(json.dumps(line) + "\n")
+
+
+class Finite(TrainerCallback):
+    """Stops training, before the next checkpoint, when the loss or its gradient is not a number any more."""
+
+    def __init__(self, draws: DrawCallback):
+        self.draws = draws
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(logs.get(name, 0)):
+                raise Hopeless(
+                    f"{name} is {logs[name]} in step {state.global_step} at rank {self.draws.largest_rank}; "
+                    "the last good checkpoint is kept; choose a lower optim.lr or a wider optim.compute_dtype"
+                )
+
+
+class StopAtSignal(TrainerCallback):
+    """Ends training with a checkpoint after the step in which a signal came; all processes at the same step."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        number = signals.asked()
+        if args.world_size > 1:
+            highest = torch.tensor(number, device=args.device)
+            torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX)
+            number = int(highest)
+        if number:
+            signals.ask(number)
+            control.should_save = control.should_training_stop = True
 
 
 class ProgressBar(TrainerCallback):

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import traceback
+import os
 
-from eval.engine import is_out_of_memory
-from experiments.cell import Cell, note
-from experiments.cli import command, quiet
+from experiments.attempt import attempt
+from experiments.cell import Cell
+from experiments.cli import command, quiet, verdict
 from experiments.config import Config, ConfigError
 from experiments.forecast import forecast_of, why_not
 from experiments.score import score
-from experiments.train import peak_memory, train
+from experiments.train import train
 
 
 def run(cell: Cell) -> dict:
@@ -18,33 +18,30 @@ def run(cell: Cell) -> dict:
     where the configuration names a GPU."""
     if record := cell.record():
         return record
-    for name in cell.prepare():
-        note(f"{cell.name}: {name} has changed; what was there is put aside, the cell starts anew")
+    attempt(cell, lambda: _run(cell))
+    return cell.ended()
+
+
+def _run(cell: Cell) -> dict:
+    if record := cell.record():  # finished by another process while this one waited for it
+        return record
     predicted = {}
-    try:
-        if cell.config.forecast.gpu_gb is not None:
-            memory = forecast_of(cell.config)
-            predicted = {"forecast": memory.parts}
-            if reason := why_not(memory, cell.config.forecast):
-                return cell.finish("oom", reason, oom="forecast", budget={"asked": cell.budget}, **predicted)
-        return cell.finish("done", **train(cell), **score(cell), **predicted)
-    except (ConfigError, FileNotFoundError):
-        raise
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        if is_out_of_memory(error):
-            met = {"oom": "met", "peak_memory_bytes": peak_memory()}
-            return cell.finish("oom", reason, budget={"asked": cell.budget}, **met, **predicted)
-        traceback.print_exc()
-        return cell.finish("failed", reason, budget={"asked": cell.budget})
+    if cell.config.forecast.gpu_gb is not None:
+        memory = forecast_of(cell.config)
+        predicted = {"forecast": memory.parts}
+        if reason := why_not(memory, cell.config.forecast):
+            return cell.finish("oom", reason, oom="forecast", **predicted)
+    return cell.finish("done", **train(cell), **score(cell), **predicted)
 
 
 def main(config: Config) -> int:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ConfigError(
+            "WORLD_SIZE is more than 1, but only training uses several processes: "
+            "start experiments.train with torchrun, then experiments.run without"
+        )
     quiet()
-    record = run(Cell(config))
-    if record["status"] == "failed":
-        note(f"{record['name']} failed: {record['reason']}")
-    return int(record["status"] == "failed")
+    return verdict(run(Cell(config)))
 
 
 if __name__ == "__main__":

@@ -19,10 +19,12 @@ from eval.engine import AllRanks
 from eval.lm import RankedLM
 from eval.score import answer, heldout_loss
 from eval.score import score as score_task
-from experiments.cell import Cell, note, read_json, write_json
-from experiments.cli import command, quiet
-from experiments.config import Config, ConfigError
+from experiments.attempt import attempt
+from experiments.cell import Cell
+from experiments.cli import command, quiet, verdict
+from experiments.config import Config, ConfigError, mistakes_in
 from experiments.examples import prepare, release_folder
+from experiments.files import Damaged, flaws, read_json, write_json
 from experiments.monitor import sequences
 from experiments.train import base_model, base_tokenizer
 from qdylora import cut, load_adapter
@@ -45,6 +47,11 @@ def ranked(cell: Cell, ranks: list[int]) -> tuple[AllRanks, PreTrainedTokenizerB
     """The trained cell's model at `ranks`, and its tokenizer. ConfigError if it has no adapter."""
     if not cell.adapter.is_dir():
         raise ConfigError(f"{cell.name} has no trained adapter in {cell.adapter}; run experiments.train first")
+    if broken := flaws(cell.adapter):
+        raise Damaged(
+            f"{cell.adapter / broken[0]} is missing or differs from its checksum; "
+            f"delete {cell.folder}/training.json, and the adapter is trained again"
+        )
     model = load_adapter(base_model(cell), cell.adapter)
     return AllRanks(model, ranks, cell.config.tasks.tokens_per_batch), base_tokenizer(cell)
 
@@ -127,15 +134,18 @@ def task(c: Config, name: str, split: str) -> Task:
         references=c.tasks.webglm_references,
         keep_citations=c.tasks.webglm_citations,
     )
-    return load(name, split, settings)
+    with mistakes_in(f"benchmark {name}"):
+        return load(name, split, settings)
 
 
-def main(config: Config) -> None:
+def main(config: Config) -> int:
     quiet()
     cell = Cell(config)
-    for name in cell.prepare():
-        note(f"{cell.name}: {name} has changed; what was there is put aside")
-    print(json.dumps(score(cell)["heldout"]["ranks"]))
+    scored = attempt(cell, lambda: score(cell))
+    if scored is None:
+        return verdict(cell.ended())
+    print(json.dumps(scored["heldout"]["ranks"]))
+    return 0
 
 
 if __name__ == "__main__":

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 import time
+from collections import deque
 from itertools import product
 from pathlib import Path
 
+from filelock import SoftFileLease, Timeout
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -16,9 +16,14 @@ from hydra.core.hydra_config import HydraConfig
 from analysis.records import load
 from analysis.settings import table4
 from analysis.tables import TABLES, Table, to_csv, to_latex, to_markdown
+from experiments.attempt import claim
 from experiments.cell import Cell, note
-from experiments.cli import MALLOC, command
-from experiments.config import CONF, Config, resolved
+from experiments.cli import Unsuccessful, command
+from experiments.config import CONF, Config, mistakes_in, resolved
+from experiments.process import MALLOC, in_a_process
+from experiments.signals import AGAIN
+
+PATIENCE = 5.0  # seconds between looks at cells that other processes run
 
 
 def cells(config: Config, overrides: list[str]) -> list[tuple[list[str], Cell]]:
@@ -30,8 +35,10 @@ def cells(config: Config, overrides: list[str]) -> list[tuple[list[str], Cell]]:
     found = []
     GlobalHydra.instance().clear()
     with initialize_config_dir(CONF, version_base="1.3"):
-        for model, data, method, seed in product(table.models, table.data, table.methods, table.seeds):
-            own = [*overrides, f"model={model}", f"data={data}", f"method={method}", f"seed={seed}"]
+        ranks = [[f"ranks.r_max={b}", f"ranks.eval=[{b}]"] for b in table.ranks] or [[]]
+        cells_of = product(table.models, table.data, table.methods, ranks, table.seeds)
+        for model, data, method, rank, seed in cells_of:
+            own = [*overrides, f"model={model}", f"data={data}", f"method={method}", *rank, f"seed={seed}"]
             one = resolved(compose("config", overrides=own))
             for share in table.budgets:
                 swept = [*own, f"budget.steps={max(1, round(share * one.budget.steps))}"]
@@ -42,24 +49,54 @@ def cells(config: Config, overrides: list[str]) -> list[tuple[list[str], Cell]]:
 
 
 def run_missing(found: list[tuple[list[str], Cell]]) -> int:
-    """Run the cells that have no record, each in a process of its own; returns how many did not end well."""
-    missing = [(overrides, cell) for overrides, cell in found if cell.record() is None]
-    started, failed = time.monotonic(), 0
-    for i, (overrides, cell) in enumerate(missing):
-        left = (time.monotonic() - started) / i * (len(missing) - i) if i else None
-        note(f"[{i + 1}/{len(missing)}] {cell.name}" + (f", about {left / 60:.0f} min left" if left else ""))
-        done = subprocess.run([sys.executable, "-m", "experiments.run", *overrides], env=os.environ | MALLOC)
-        failed += done.returncode != 0
-        if done.returncode == 2:  # a mistake in the configuration or a missing file: the other cells have it too
-            sys.exit(2)
+    """Run the cells that have no record, each in a process of its own; returns how many did not end well.
+
+    A cell that another process runs is left for later: two sweeps side by side share the cells.
+    """
+    waiting = deque((overrides, cell, claim(cell)) for overrides, cell in found if cell.record() is None)
+    total, finished, failed, passed_over = len(waiting), 0, 0, 0
+    started = time.monotonic()
+    while waiting:
+        overrides, cell, lease = waiting.popleft()
+        if cell.record() is not None:  # the other sweep has finished it
+            finished, passed_over = finished + 1, 0
+            continue
+        if taken(lease):
+            waiting.append((overrides, cell, lease))
+            passed_over += 1
+            if passed_over == len(waiting):
+                time.sleep(PATIENCE)
+                passed_over = 0
+            continue
+        left = (time.monotonic() - started) / finished * (total - finished) if finished else None
+        note(f"[{finished + 1}/{total}] {cell.name}" + (f", about {left / 60:.0f} min left" if left else ""))
+        code = in_a_process([sys.executable, "-m", "experiments.run", *overrides, "when_busy=leave"], MALLOC)
+        if code == AGAIN:  # another process was faster to take it
+            waiting.append((overrides, cell, lease))
+            continue
+        if code == 2:  # a mistake in the configuration or a missing file: the other cells have it too
+            raise Unsuccessful(2)
+        finished, failed, passed_over = finished + 1, failed + (code != 0), 0
     return failed
+
+
+def taken(lease: SoftFileLease) -> bool:
+    """Whether another process holds a cell."""
+    try:
+        lease.acquire(blocking=False)
+    except Timeout:
+        return True
+    lease.release()
+    return False
 
 
 def show(found: list[tuple[list[str], Cell]], config: Config) -> None:
     """The table made of the cells' records."""
     names = {cell.name for _, cell in found}
-    records = load(folder_of(config))
-    write(TABLES[config.table.name]([record for record in records if record.name in names]), config)
+    with mistakes_in(f"records of {config.table.name}"):
+        records = load(folder_of(config))
+        table = TABLES[config.table.name]([record for record in records if record.name in names])
+    write(table, config)
 
 
 def settings(config: Config, overrides: list[str]) -> Table:

@@ -18,7 +18,7 @@ from analysis.chat import judges_table, order_table, tournament_table
 from analysis.layout import Table, to_csv, to_markdown
 from analysis.rank_chart import rank_chart
 from analysis.verdicts import frame
-from experiments.cell import Cell, environment, note, write_json
+from experiments.cell import Cell, environment, note
 from experiments.chat import prompts as prompt_files
 from experiments.chat.answering import Answers
 from experiments.chat.asking import about, ask_all, estimate, report
@@ -27,6 +27,7 @@ from experiments.chat.matches import Match, Verdicts, schedule
 from experiments.chat.page import human_verdicts
 from experiments.cli import command, quiet
 from experiments.config import Config, ConfigError
+from experiments.files import write_json
 
 
 def folder(config: Config) -> Path:

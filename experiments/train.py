@@ -7,9 +7,8 @@ last whole checkpoint, with the same draws and the same data.
 from __future__ import annotations
 
 import json
-import resource
+import os
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +25,15 @@ from transformers import (
 
 from eval.hub import fetched
 from experiments import checkpoints
-from experiments.cell import Cell, note, read_json, write_json
-from experiments.cli import command, quiet
-from experiments.config import Config, draw
+from experiments.attempt import attempt
+from experiments.cell import Cell, note, peak_memory
+from experiments.cli import command, quiet, verdict
+from experiments.config import Config, draw, mistakes_in
 from experiments.data.encode import CompletionCollator
 from experiments.examples import Examples, Ordered, order, prepare
-from experiments.monitor import HeldOutLoss, Log, ProgressBar, TokenBudget, read_log
+from experiments.files import read_json, seal, write_json
+from experiments.monitor import Finite, HeldOutLoss, Log, ProgressBar, StopAtSignal, TokenBudget, read_log
+from experiments.signals import until_saved
 from experiments.tracker import Tracker
 from qdylora import DrawCallback, attach, compute_dtype, load_base, load_tokenizer
 from qdylora.adapter import SETTINGS_FILE
@@ -47,24 +49,35 @@ OPTIMIZERS = {
 
 
 def train(cell: Cell) -> dict:
-    """Train the adapter of `cell` unless it is trained; returns what was spent (`training.json`)."""
+    """Train the adapter of `cell` unless it is trained; returns what was spent (`training.json`).
+
+    In all processes that torchrun or srun started; the first one writes.
+    """
+    config = cell.config
+    arguments = training_arguments(config, cell.folder / "checkpoints")  # from here on the processes know each other
     done = read_json(cell.folder / "training.json")
     if done:
+        shutil.rmtree(cell.folder / "checkpoints", ignore_errors=True)  # killed while it was being removed
         return done
-    config = cell.config
-    tokenizer = base_tokenizer(cell)
-    examples = prepare(config, tokenizer)
-    set_seed(config.seed)
-    model = adapted_model(cell)
-    trainer = make_trainer(cell, model, examples, tokenizer)
-    start = checkpoints.last_good(cell.folder / "checkpoints")
-    step = checkpoints.step_of(start) if start else 0
     log = cell.folder / "log.jsonl"
-    read_log(log, up_to=step, rewrite=True)
-    if start:
+    with arguments.main_process_first(local=False):
+        tokenizer = base_tokenizer(cell)
+        with mistakes_in(f"data {config.data.name}"):
+            examples = prepare(config, tokenizer)
+        start = checkpoints.last_good(cell.folder / "checkpoints")
+        step = checkpoints.step_of(start) if start else 0
+        if arguments.process_index == 0:
+            read_log(log, up_to=step, rewrite=True)
+    set_seed(config.seed)
+    trainer = make_trainer(cell, adapted_model(cell), examples, tokenizer, arguments)
+    if start and arguments.process_index == 0:
         note(f"{cell.name}: going on from step {step}")
-    trainer.train(resume_from_checkpoint=str(start) if start else None)
-    return _conclude(cell, trainer, examples, read_log(log))
+    with until_saved():
+        trainer.train(resume_from_checkpoint=str(start) if start else None)
+    with arguments.main_process_first(local=False):
+        if arguments.process_index == 0:
+            return _conclude(cell, trainer, examples, read_log(log))
+        return read_json(cell.folder / "training.json")
 
 
 def base_id(cell: Cell) -> dict:
@@ -74,14 +87,15 @@ def base_id(cell: Cell) -> dict:
 
 
 def base_tokenizer(cell: Cell) -> PreTrainedTokenizerBase:
-    with fetched(cell.config.model.id):
+    model = cell.config.model.id
+    with mistakes_in(f"model.id {model!r}"), fetched(model):
         return load_tokenizer(**base_id(cell))
 
 
 def base_model(cell: Cell) -> PreTrainedModel:
     """The cell's frozen base, quantized as its method says."""
     c = cell.config
-    with fetched(c.model.id):
+    with mistakes_in(f"model.id {c.model.id!r}"), fetched(c.model.id):
         model = load_base(
             bits=c.method.bits,
             dtype=compute_dtype(c.optim.compute_dtype, c.method.bits),
@@ -95,22 +109,22 @@ def base_model(cell: Cell) -> PreTrainedModel:
 
 def adapted_model(cell: Cell) -> PeftModel:
     """The base with a fresh adapter."""
-    c = cell.config
-    return attach(
-        base_model(cell),
-        r_max=c.ranks.r_max,
-        alpha=c.method.alpha,
-        scale=c.method.scale,
-        frozen=c.method.gate == "frozen",
-        dropout=c.optim.lora_dropout,
-        targets=c.method.targets,
-        dtype=getattr(torch, c.optim.adapter_dtype),
-    )
+    c, base = cell.config, base_model(cell)
+    with mistakes_in("method.targets"):
+        return attach(
+            base,
+            r_max=c.ranks.r_max,
+            alpha=c.method.alpha,
+            scale=c.method.scale,
+            frozen=c.method.gate == "frozen",
+            dropout=c.optim.lora_dropout,
+            targets=c.method.targets,
+            dtype=getattr(torch, c.optim.adapter_dtype),
+        )
 
 
-def make_trainer(cell: Cell, model: PeftModel, examples: Examples, tokenizer) -> Trainer:
+def make_trainer(cell: Cell, model: PeftModel, examples: Examples, tokenizer, arguments: TrainingArguments) -> Trainer:
     c = cell.config
-    arguments = training_arguments(c, cell.folder / "checkpoints")
     lengths = [len(e) for e in examples.train]
     data = Ordered(examples.train, order(lengths, c.budget.steps, c.budget.batch, c.seed, c.optim.group_by_length))
     if c.optim.checkpoint_activations:
@@ -128,8 +142,10 @@ def make_trainer(cell: Cell, model: PeftModel, examples: Examples, tokenizer) ->
             HeldOutLoss(c, examples.held_out),
             TokenBudget(c.budget.tokens),
             Log(cell.folder / "log.jsonl", draws),
+            Finite(draws),
             ProgressBar(cell.name, draws),
             Tracker(cell),
+            StopAtSignal(),
         ],
     )
     trainer.remove_callback(PrinterCallback)
@@ -157,9 +173,10 @@ def training_arguments(c: Config, folder: Path) -> TrainingArguments:
         remove_unused_columns=False,
         save_strategy="steps",
         save_steps=c.checkpoint_every,
-        save_total_limit=2,
         logging_strategy="steps",
         logging_steps=1,
+        logging_nan_inf_filter=False,
+        ddp_find_unused_parameters=False,
         include_num_input_tokens_seen="non_padding",
         report_to=[],
         disable_tqdm=True,
@@ -179,6 +196,7 @@ def _conclude(cell: Cell, trainer: Trainer, examples: Examples, log: list[dict])
     draft.mkdir()
     for name in ("adapter_model.safetensors", "adapter_config.json", SETTINGS_FILE):
         shutil.copy(last / name, draft / name)
+    seal(draft)
     shutil.rmtree(cell.adapter, ignore_errors=True)
     draft.rename(cell.adapter)
     c = cell.config
@@ -209,20 +227,15 @@ def _conclude(cell: Cell, trainer: Trainer, examples: Examples, log: list[dict])
     return spent
 
 
-def peak_memory() -> int:
-    """Most bytes in use at once so far: allocated on the GPU, or resident in this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def main(config: Config) -> None:
+def main(config: Config) -> int:
     quiet()
     cell = Cell(config)
-    for name in cell.prepare():
-        note(f"{cell.name}: {name} has changed; what was there is put aside")
-    print(json.dumps(train(cell)["budget"]["spent"]))
+    trained = attempt(cell, lambda: train(cell))
+    if trained is None:
+        return verdict(cell.ended())
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(json.dumps(trained["budget"]["spent"]))
+    return 0
 
 
 if __name__ == "__main__":

@@ -153,6 +153,8 @@ def _quantization(dtype: torch.dtype, quant_type: str, double_quant: bool) -> Bi
         bnb_4bit_quant_type=quant_type,
         bnb_4bit_use_double_quant=double_quant,
         bnb_4bit_compute_dtype=dtype,
+        # FSDP shards floating-point tensors only: the packed weights have to be stored as one.
+        bnb_4bit_quant_storage=dtype if os.environ.get("ACCELERATE_USE_FSDP") == "true" else None,
     )
 
 

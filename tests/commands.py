@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import io
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+
+from experiments import signals
+from experiments.cli import command
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
@@ -27,3 +37,25 @@ def run(module: str, *overrides: str, cwd: Path) -> subprocess.CompletedProcess:
     process = start(module, *overrides, cwd=cwd)
     out, err = process.communicate(timeout=600)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def inside(module: str, *overrides: str, cwd: Path) -> subprocess.CompletedProcess:
+    """As `run`, in this process: the same entry point without the seconds that imports take."""
+    handlers = {number: signal.getsignal(number) for number in signals.SIGNALS}
+    out, err = io.StringIO(), io.StringIO()
+    GlobalHydra.instance().clear()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.chdir(cwd),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        pytest.raises(SystemExit) as ended,
+    ):
+        patch.setattr(sys, "argv", [module, *overrides])
+        patch.setattr(signals, "_received", None)
+        try:
+            command(importlib.import_module(module).main)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+    return subprocess.CompletedProcess([module, *overrides], ended.value.code, out.getvalue(), err.getvalue())

@@ -205,6 +205,8 @@ def _from_files(name: str, folder: Path, errors: RowErrors) -> tuple[list[Exampl
 def _json_array(name: str, path: Path, errors: RowErrors) -> Iterator[list[Example]]:
     try:
         records = json.loads(path.read_bytes())
+        if not isinstance(records, list):
+            raise ValueError("not a list of records")
     except ValueError as error:
         errors.note(f"{path}", error)
         return

@@ -1,0 +1,117 @@
+"""Several processes train the adapter that one process with as many more micro-batches trains."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from qdylora import attach, set_rank
+from tests.commands import ENVIRONMENT
+from tests.test_cells import lines
+from tests.tiny import LLAMA
+
+TRAIN = ("table=table1", "scale=smoke", "data=alpaca", "tracker=none", "optim.compute_dtype=float32", "budget.steps=6",
+         "checkpoint_every=3", "optim.micro_batch=1")  # fmt: skip
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+
+
+def train(folder: Path, *overrides: str, launcher: tuple[str, ...] = (sys.executable,)) -> Path:
+    """The folder of a cell trained by `launcher` in `folder`."""
+    folder.mkdir()
+    command = [*launcher, "-m", "experiments.train", *TRAIN, *overrides]
+    done = subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return next(folder.glob("outputs/smoke/table1/tiny--*"))
+
+
+def assert_same_training(one: Path, several: Path) -> None:
+    """Same draws and tokens; losses and weights equal to rounding."""
+    ours, theirs = lines(several / "log.jsonl"), lines(one / "log.jsonl")
+    for key in ("step", "ranks", "tokens", "lr"):
+        assert [line[key] for line in ours] == [line[key] for line in theirs], key
+    for key in ("loss", "grad_norm"):
+        assert [line[key] for line in ours] == pytest.approx([line[key] for line in theirs], rel=2e-4), key
+    ours, theirs = (load_file(cell / "adapter/adapter_model.safetensors") for cell in (several, one))
+    assert ours.keys() == theirs.keys()
+    # Adam divides by the size of the gradient: where that is rounding itself, so is the sign of the step.
+    far = [((ours[k] - theirs[k]).abs() > 1e-5).float().mean() for k in ours]
+    assert torch.stack(far).max() < 0.01
+    assert max(v.abs().max() for k, v in ours.items() if "lora_B" in k) > 1e-3  # it has learnt something
+
+
+@pytest.mark.parametrize("method", ["qdylora", "qdylora_sequence"])
+def test_two_processes_of_data_parallel_training_over_a_4_bit_base(tmp_path, method):
+    one = train(tmp_path / "one", f"method={method}")
+    assert_same_training(one, train(tmp_path / "two", f"method={method}", launcher=TORCHRUN))
+
+
+SHARDED = """
+import sys, torch
+from torch.distributed import destroy_process_group, init_process_group
+from torch.distributed.fsdp import fully_shard
+from tests.test_processes import stepped, tiny
+init_process_group("gloo")
+model = tiny()
+for layer in model.get_base_model().model.layers:
+    fully_shard(layer)
+fully_shard(model)
+rank = torch.distributed.get_rank()
+weights = stepped(model, rows=slice(2 * rank, 2 * rank + 2))
+if rank == 0:
+    torch.save({name: w for name, w in weights.items()}, sys.argv[1])
+destroy_process_group()
+"""
+
+
+def tiny():
+    """A tiny 16-bit model's stand-in in float32, with an adapter whose B is not zero."""
+    torch.manual_seed(0)
+    model = attach(AutoModelForCausalLM.from_config(AutoConfig.for_model(**LLAMA), dtype=torch.float32), r_max=8)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.02)
+    return model
+
+
+def stepped(model, rows: slice) -> dict[str, torch.Tensor]:
+    """The adapter's weights, whole, after four steps of SGD on rows of batches of four, at ranks 3, 8, 1 and mixed."""
+    tokens = torch.randint(0, 100, (4, 4, 12), generator=torch.Generator().manual_seed(1))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    for batch, rank in zip(tokens, (3, 8, 1, (1, 2, 5, 8)), strict=True):
+        set_rank(model, rank if isinstance(rank, int) else rank[rows])
+        model(input_ids=batch[rows], labels=batch[rows]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    whole = {n: p.full_tensor() if hasattr(p, "full_tensor") else p for n, p in model.named_parameters() if "lora" in n}
+    return {name: p.detach().clone() for name, p in whole.items()}
+
+
+def test_the_gate_sees_whole_weights_when_fsdp_shards_them(tmp_path):
+    torchrun(SHARDED, str(tmp_path / "weights"))
+    sharded, whole = torch.load(tmp_path / "weights"), stepped(tiny(), rows=slice(0, 4))
+    assert sharded.keys() == whole.keys() and len(whole) > 4
+    start = dict(tiny().named_parameters())
+    for name in whole:
+        torch.testing.assert_close(sharded[name], whole[name], rtol=1e-4, atol=1e-6)
+    assert max((whole[name] - start[name]).abs().max() for name in whole) > 1e-3
+
+
+def torchrun(code: str, *arguments: str) -> None:
+    with tempfile.NamedTemporaryFile("w", suffix=".py") as file:
+        file.write(code)
+        file.flush()
+        done = subprocess.run(
+            [*TORCHRUN, file.name, *arguments],
+            env=ENVIRONMENT,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+    assert done.returncode == 0, done.stderr
