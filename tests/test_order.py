@@ -136,7 +136,7 @@ def test_pairs_beyond_noise_are_found_and_noise_is_not_taken_for_them():
     hill = right_or_wrong(rng, [0.2, 0.3, 0.5, 0.7, 0.5, 0.3, 0.2], 1500)
     sure = sum(a > b for a, b in combinations([0.2, 0.3, 0.5, 0.7, 0.5, 0.3, 0.2], 2))
     assert order([hill], QUICK, **SCORE).beyond_noise == sure == 9
-    false = [order([right_or_wrong(rng, [0.4] * 7, 150)], QUICK, **SCORE).beyond_noise > 0 for _ in range(150)]
+    false = [order([right_or_wrong(rng, [0.4] * 7, 150)], QUICK, **SCORE).beyond_noise > 0 for _ in range(80)]
     assert np.mean(false) <= 0.05 + 0.02  # any of 21 pairs, one-sided: Holm keeps it at 2.5%
 
 
@@ -222,7 +222,7 @@ def test_coverage_of_bleu():
 
     truth = corpus_bleu(draw(400_000).sum(axis=0))
     how, hits = Bootstrap(resamples=400), []
-    for _ in range(500):
+    for _ in range(400):
         found = mean_at([frame(pseudo_values(draw(80))[:, None])], 1, how, support=REAL)
         hits.append(found.low <= truth <= found.high)
     assert np.mean(hits) == pytest.approx(0.95, abs=0.02)
