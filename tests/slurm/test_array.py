@@ -16,8 +16,8 @@ from experiments.files import write_json
 from tests.slurm.conftest import wait_for
 from tests.test_cells import lines, without_time
 
-BASE = ("scale=smoke", "tracker=none", "tasks.benchmarks=[]", "cluster.time=20")
-SWEEP = (*BASE, "table=sweep", "table.models=[tiny,tiny_wide]", "table.ranks=[1,2]")
+BASE = ("scale=smoke", "tracker=none", "cluster.time=20")
+SWEEP = (*BASE, "tasks.benchmarks=[]", "table=sweep", "table.models=[tiny,tiny_wide]", "table.ranks=[1,2]")
 LONG = (*BASE, "table=table1", "table.data=[alpaca]", "table.methods=[qdylora]", "budget.steps=120",
         "checkpoint_every=1000", "optim.compute_dtype=float32")  # fmt: skip
 NAME = "tiny--alpaca--qdylora--seed0"
@@ -159,7 +159,14 @@ def test_two_nodes_with_two_processes_each(slurm, tmp_path):
 
 
 def test_every_task_has_a_gpu_of_its_own(slurm, tmp_path):
-    overrides = (*BASE, "table=sweep", "table.models=[tiny]", "table.ranks=[1,2]", "budget.steps=300")
+    overrides = (
+        *BASE,
+        "tasks.benchmarks=[]",
+        "table=sweep",
+        "table.models=[tiny]",
+        "table.ranks=[1,2]",
+        "budget.steps=300",
+    )
     done = submit(slurm, tmp_path, *overrides, "cluster.gpus=1", "cluster.wait=false")
     assert done.returncode == 0, done.stderr
     seen: dict[str, str] = {}
