@@ -22,7 +22,8 @@ STRENGTH_NOTE = (
 
 
 def ranks(values: Sequence[float]) -> list[int]:
-    """1 for the highest."""
+    """1 for the highest; ratings that are the same whole number share a rank."""
+    values = [round(value) for value in values]
     return [1 + sum(other > value for other in values) for value in values]
 
 
