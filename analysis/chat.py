@@ -17,12 +17,13 @@ ELO_NOTE = (
 )
 STRENGTH_NOTE = (
     f"Bradley-Terry: in Elo points, mean 1000, no order of matches; [low, high]: 95% interval, {HOW.resamples:,} "
-    f"bootstrap resamples of the prompts, seed {HOW.seed}."
+    f"bootstrap resamples of the prompts, seed {HOW.seed}. Of one who won, or lost, every match it says only that."
 )
 
 
 def ranks(values: Sequence[float]) -> list[int]:
-    """1 for the highest."""
+    """1 for the highest; ratings that are the same whole number share a rank."""
+    values = [round(value) for value in values]
     return [1 + sum(other > value for other in values) for value in values]
 
 
@@ -72,7 +73,9 @@ def agreement_row(
     """Two judges' ratings of the systems, and their verdicts (a frame of both) if there are any to compare."""
     tau, rho, n = ratings_agree(left, right)
     examples = Cell() if both is None else _alpha(by_judge(both))
-    return Row((judge, against), (Cell(n, digits=0), Cell(tau, digits=2), Cell(rho, digits=2), examples))
+    # Undefined where a judge rates all systems alike.
+    ranked = (Cell() if np.isnan(value) else Cell(value, digits=2) for value in (tau, rho))
+    return Row((judge, against), (Cell(n, digits=0), *ranked, examples))
 
 
 def judges_table(verdicts: pd.DataFrame) -> Table | None:

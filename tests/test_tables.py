@@ -182,8 +182,9 @@ def test_published_table3_is_whole_and_its_gsm8k_cells_are_counts_of_1319():
 
 def test_published_table5_has_a_source_on_every_row():
     rows = published.qlora_table5()
-    assert len(rows) == 10 and rows.source.notna().all() and set(rows.model) == {"llama-7b", "llama-13b"}
-    assert rows[rows.method == "untrained"].value.tolist() == [35.1, 46.9]
+    assert len(rows) == 14 and rows.source.notna().all()
+    assert set(rows.model) == {"llama-7b", "llama-13b", "llama-33b", "llama-65b"}
+    assert rows[rows.method == "untrained"].value.tolist() == [35.1, 46.9, 57.8, 63.4]
 
 
 # Layout

@@ -74,9 +74,9 @@ def ask_all(
             while under_way or (waiting and not outcome.open):
                 while waiting and not outcome.open and len(under_way) < at_once:
                     under_way.add(pool.submit(one, waiting.pop(), ask, settings))
-                done, under_way = wait(under_way, return_when=FIRST_COMPLETED)
-                for future in done:
+                for future in wait(under_way, return_when=FIRST_COMPLETED).done:
                     _keep(future, outcome, verdicts)
+                    under_way.remove(future)
                     bar.update()
         except KeyboardInterrupt:
             note("stopping; the answers under way are waited for and kept")
