@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -87,15 +88,21 @@ def base_id(cell: Cell) -> dict:
 
 
 def base_tokenizer(cell: Cell) -> PreTrainedTokenizerBase:
-    model = cell.config.model.id
-    with mistakes_in(f"model.id {model!r}"), fetched(model):
+    with _reading_model(cell.config.model.id):
         return load_tokenizer(**base_id(cell))
+
+
+def _reading_model(model_id: str) -> AbstractContextManager:
+    """What is wrong with a model is said by its name, and how to get it if it is the hub's."""
+    what = f"model.id {model_id!r}"
+    here = model_id == "random" or model_id.startswith("package:") or Path(model_id).exists()
+    return mistakes_in(what) if here else fetched(what)
 
 
 def base_model(cell: Cell) -> PreTrainedModel:
     """The cell's frozen base, quantized as its method says."""
     c = cell.config
-    with mistakes_in(f"model.id {c.model.id!r}"), fetched(c.model.id):
+    with _reading_model(c.model.id):
         model = load_base(
             bits=c.method.bits,
             dtype=compute_dtype(c.optim.compute_dtype, c.method.bits),
