@@ -89,8 +89,8 @@ tournament-demo: setup  ## the same in minutes, judged by SmolLM2 behind transfo
 rating-page: setup  ## a page on which people compare the tournament's answers blindly, with the keyboard
 	$(PYTHON) -m experiments.rate scale=$(SCALE) tournament=ranks $(CELL) $(ARGS)
 
-test: setup  ## the tests
-	$(PYTHON) -m pytest
+test: setup  ## the tests, on all cores
+	$(PYTHON) -m pytest --numprocesses auto --dist loadfile
 
 test-faults: setup  ## kill -9 at twenty moments of a cell, a few minutes
 	$(PYTHON) -m pytest tests/faults

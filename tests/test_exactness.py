@@ -4,7 +4,6 @@
 """
 
 import pytest
-import torch
 
 from eval.benchmarks import Settings, load
 from experiments.against_stock import R_MAX, Subject, max_abs_dlogp, only, outcomes, outcomes_of_all_ranks
@@ -24,14 +23,6 @@ def subject(request):
 def questions(request):
     """(ranks, MMLU questions of each subject, questions of GSM8K, of TriviaQA)"""
     return ([1, 2, 4, 8, 16, 32, R_MAX], 3, 40, 40) if request.config.getoption("--exact") else ([1, R_MAX], 1, 2, 12)
-
-
-@pytest.fixture(autouse=True)
-def both_cores():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(max(threads, 2))
-    yield
-    torch.set_num_threads(threads)
 
 
 def compared(subject, folder, ranks, task, batch_size):
