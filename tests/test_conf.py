@@ -27,7 +27,11 @@ def config(*overrides: str):
 )
 def test_every_choice_of_every_group_is_valid_at_every_scale(group, scale):
     for choice in names(group):
-        if scale == "paper" and choice in ("smollm2_135m", "tiny", "tiny_wide"):  # the paper has no hyper-parameters for them
+        if scale == "paper" and choice in (
+            "smollm2_135m",
+            "tiny",
+            "tiny_wide",
+        ):  # the paper has no hyper-parameters for them
             with pytest.raises(ConfigError, match=r"budget\.steps: .*model\.recipe"):
                 config(f"scale={scale}", f"{group}={choice}")
             continue

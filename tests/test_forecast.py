@@ -18,6 +18,7 @@ from transformers import AutoConfig
 from experiments.bench_forecast import Setting, Step, forecast_of, measured_peak
 from experiments.cell import Cell
 from experiments.config import CONF, MemoryForecast
+from experiments.files import read_json
 from experiments.forecast import architecture, shape_of, training_of, why_not
 from qdylora import attach, load_base
 from qdylora.base import base_without_weights, contiguous_head_input, gguf_file
@@ -268,7 +269,7 @@ def test_a_cell_that_cannot_fit_is_recorded_without_being_run(tmp_path):
     done = run("experiments.run", *SMOKE, *too_small, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     cell = Cell(config(*SMOKE, *too_small, f"outputs={tmp_path}/outputs"))
-    record = json.loads(cell.record_file.read_text())
+    record = read_json(cell.record_file)
     assert (record["status"], record["oom"]) == ("oom", "forecast")
     assert record["reason"].startswith("forecast: training needs 0.0 GiB")
     assert set(record["forecast"]) == set(PARTS) and record["forecast"]["base_4bit"] > 0
