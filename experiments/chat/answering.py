@@ -117,7 +117,7 @@ class Answers:
                     if not part.exists():
                         rank = contestants[name].rank
                         with at_rank(model, rank) if rank is not None else model.disable_adapter():
-                            write_json(part, self._answer(model, tokenizer, batch, i))
+                            write_json(part, {"answers": self._answer(model, tokenizer, batch, i)})
                     bar.update(len(batch))
                 _join(file, len(batches))
 
@@ -149,7 +149,7 @@ def _answers(file: Path) -> Path:
 
 def _join(folder: Path, batches: int) -> None:
     """The parts of an answer file as one, in their order."""
-    rows = [row for i in range(batches) for row in read_json(folder / f"{i}.json")]
+    rows = [row for i in range(batches) for row in read_json(folder / f"{i}.json")["answers"]]
     draft = folder / "all"
     draft.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     draft.replace(_answers(folder))

@@ -16,6 +16,7 @@ from experiments.chat import judging
 from experiments.chat.judges import Refused, Reply, Unreachable
 from experiments.chat.matches import Match, Verdicts
 from experiments.config import JudgeSettings
+from experiments.signals import Interrupted
 
 ATTEMPTS = 2  # a verdict that does not parse is asked once more
 CHARACTERS_A_TOKEN = 4  # of English, roughly
@@ -78,7 +79,7 @@ def ask_all(
                     _keep(future, outcome, verdicts)
                     under_way.remove(future)
                     bar.update()
-        except KeyboardInterrupt:
+        except Interrupted:
             note("stopping; the answers under way are waited for and kept")
             for future in wait(under_way).done:
                 _keep(future, outcome, verdicts)
