@@ -77,8 +77,10 @@ forecast: GPU ?= 32
 forecast: setup  ## memory of training by part, and whether it fits (MODEL=falcon_40b METHOD=qdylora GPU=32)
 	$(PYTHON) -m experiments.forecast scale=$(SCALE) model=$(MODEL) method=$(METHOD) forecast.gpu_gb=$(GPU) $(ARGS)
 
-elo: setup  ## QLoRA's chat tables from its released verdicts (ROOT=folder or clone of artidoro/qlora)
-	$(PYTHON) -m analysis.qlora_chat $(ROOT)
+elo: ROOT ?= outputs/qlora
+elo: setup  ## QLoRA's chat tables from its released verdicts (ROOT=their folder; else its repository is cloned)
+	test -d '$(ROOT)' || git clone --quiet --depth 1 https://github.com/artidoro/qlora '$(ROOT)'
+	$(PYTHON) -m analysis.qlora_chat '$(ROOT)'
 
 tournament: setup  ## one adapter's ranks and its base against each other (CELL='data=... method=...', JUDGE=endpoint or local)
 	$(PYTHON) -m experiments.tournament scale=$(SCALE) tournament=ranks judge=$(JUDGE) $(CELL) $(ARGS)
@@ -110,8 +112,8 @@ bench: bench-train bench-score  ## both benchmarks
 bench-train: setup  ## time and memory of a training step against stock PEFT QLoRA
 	$(PYTHON) -m experiments.bench_train
 
-bench-score: setup  ## time of scoring at seven ranks against stock lm-eval
-	MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296 $(PYTHON) -m experiments.bench_score
+bench-score: setup  ## time of scoring at seven ranks against stock lm-eval (ROOT=folder of release files; else the hub)
+	MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296 $(PYTHON) -m experiments.bench_score $(ROOT)
 
 prefetch: setup  ## download what a table needs, for machines without internet (SCALE, ARGS)
 	$(PYTHON) -m experiments.prefetch scale=$(SCALE) $(ARGS)

@@ -1,4 +1,4 @@
-"""QLoRA's chat tables from its released verdicts:  python -m analysis.qlora_chat ../shared/data/qlora_ratings
+"""QLoRA's chat tables from its released verdicts:  python -m analysis.qlora_chat ROOT
 
 Prints Tables 1 and 7 (Elo), Table 6 (percent of ChatGPT's score), order effects and agreement beside what is printed
 in the paper, and writes them as Markdown and CSV.
@@ -29,7 +29,7 @@ from analysis.ratings import Elo, Matches, elo, strengths
 from analysis.relative import Percentage, percentage
 from analysis.verdicts import FIRST, REFERENCE, SECOND, TIE, qlora_pairwise, qlora_relative
 
-ROOT, OUT = "../shared/data/qlora_ratings", "outputs/elo"
+OUT = "outputs/elo"
 BENCHMARKS = {"vicuna": "Vicuna, 80 prompts", "oa": "OpenAssistant, 953 prompts"}
 TABLE_6_NOTES = (
     "Each order: the system's total score as a percentage of ChatGPT's. mean: the same over both orders together, "
@@ -213,7 +213,7 @@ def tables(root: Path, orders: int = ORDERS) -> dict[str, Table]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("root", nargs="?", default=ROOT, type=Path, help="their folder, or a clone of artidoro/qlora")
+    parser.add_argument("root", type=Path, help="their folder, or a clone of artidoro/qlora")
     parser.add_argument("--out", default=OUT, type=Path)
     options = parser.parse_args()
     try:

@@ -1,8 +1,8 @@
 """Speed of scoring at seven ranks against stock lm-eval:  make bench-score
 
 Both sides answer the same real prompts with the same 4-bit SmolLM2-135M and the same adapter: stock lm-eval on stock
-PEFT one rank after the other, at the best of several batch sizes; ours all at once. Needs the release files in
-../shared/data, or in the folder named as argument. Writes outputs/bench/score.json.
+PEFT one rank after the other, at the best of several batch sizes; ours all at once. The questions come from
+the release files in the folder named as argument, else from the hub. Writes outputs/bench/score.json.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ BATCH_SIZES = {"mmlu": (1, 4, 16), "gsm8k": (16, 32), "triviaqa": (8, 40)}
 TRIAL = {"mmlu": 8, "gsm8k": 32, "triviaqa": 40}  # documents of each part on which a batch size is tried
 
 
-def tasks(root: Path) -> dict[str, Task]:
+def tasks(root: Path | None) -> dict[str, Task]:
     """The prompts, all five-shot: 50 questions in each of two MMLU subjects, 32 of GSM8K, 40 of TriviaQA."""
     return {
         "mmlu": mmlu(root, 50),
@@ -40,7 +40,7 @@ def tasks(root: Path) -> dict[str, Task]:
     }
 
 
-def mmlu(root: Path, each: int) -> Task:
+def mmlu(root: Path | None, each: int) -> Task:
     return only(load("mmlu", "test", Settings(5, root, limit=57 * each)), MMLU_SUBJECTS)
 
 
@@ -84,7 +84,7 @@ def matmul_rate(dtype: torch.dtype) -> float:
     return 2 * 2048**3 / min(seconds(lambda: a @ b) for _ in range(10))
 
 
-def exactness(root: Path, folder: Path) -> float:
+def exactness(root: Path | None, folder: Path) -> float:
     """Largest difference in log-likelihood from stock lm-eval in float32, at ranks 1, 8, 64."""
     subject, ranks = Subject(dtype=torch.float32), [1, 8, R_MAX]
     task = mmlu(root, 4)
@@ -103,7 +103,7 @@ def growth(subject: Subject, folder: Path, task: Task) -> dict[str, float]:
     return {"seconds": spent, "7_to_1": seven / one, "64_to_7": every / seven}
 
 
-def main(root: Path) -> None:
+def main(root: Path | None) -> None:
     quiet()
     dtype = compute_dtype()
     subject, prompts = Subject(dtype=dtype), tasks(root)
@@ -134,4 +134,4 @@ def main(root: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "../shared/data"))
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else None)

@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from eval.benchmarks import BENCHMARKS, FEWSHOT
 from experiments.chat.judging import PROMPTS as JUDGE_PROMPTS
-from experiments.chat.prompts import CHAT_FORMATS
+from experiments.chat.prompts import CHAT_FORMATS, OWN_PROMPTS
 from experiments.data.formats import FORMATS
 from experiments.data.sources import SOURCES
 from experiments.files import Damaged, disk_is_full
@@ -183,13 +183,14 @@ class Contestant:
 
 @dataclass
 class TournamentSettings:
-    """contestants: by name. prompts: JSON lines, see `experiments.chat.prompts`; limit: how many of them, or null.
+    """contestants: by name. prompts: JSON lines, see `experiments.chat.prompts`, by default a few of our own; limit: how
+    many of them, or null.
     format: how a prompt is put to the models, `auto` by the data set trained on. Nucleus sampling as QLoRA's.
     human_matches: pairs of answers on the page for human raters."""
 
     name: str = MISSING
     contestants: dict[str, Any] = field(default_factory=dict)  # of Contestant, see `resolved`
-    prompts: str = MISSING
+    prompts: str = str(OWN_PROMPTS)
     limit: int | None = None
     format: str = "auto"
     temperature: float = 0.7

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from experiments.data.formats import ALPACA_NO_INPUT, ASSISTANT, HUMAN
 
+OWN_PROMPTS = Path(__file__).with_suffix(".jsonl")
 CHAT_FORMATS = ("guanaco", "alpaca", "plain", "chat")
 FORMAT_OF = {"oasst1": "guanaco", "alpaca": "alpaca"}  # by data set; the others were trained without a template
 TURN = re.compile(f"({HUMAN}|{ASSISTANT})")
