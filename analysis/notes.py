@@ -42,7 +42,9 @@ def _asked(records: Sequence[Record], task: str) -> list[str]:
             sizes.append(f"{groups.nunique()} subjects")
         return [
             f"{task}: {about['num_fewshot']}-shot {about['metric']}, task version {about['version']}; "
-            f"{', '.join(sizes)}." + (f" Guessing scores {CHANCE[task]}%." if task in CHANCE else "")
+            f"{', '.join(sizes)}."
+            + (f" Signature: {about['signature']}." if "signature" in about else "")
+            + (f" Guessing scores {CHANCE[task]}%." if task in CHANCE else "")
         ]
     return []
 

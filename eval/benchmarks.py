@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +12,11 @@ import datasets
 import lm_eval
 import yaml
 from lm_eval.api.group import Group
+from lm_eval.api.metrics import mean
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.config.group import GroupConfig
 from rouge_score.rouge_scorer import RougeScorer
+from sacrebleu.metrics import BLEU
 
 from eval import releases
 from eval.hub import fetched
@@ -115,7 +116,7 @@ class Task:
             "metric": benchmark.metric,
             "filter": benchmark.filter,
             "higher_is_better": True,
-        }
+        } | ({"signature": _bleu_signature()} if benchmark.metric == "bleu" else {})
 
 
 def load(name: str, split: str, settings: Settings) -> Task:
@@ -188,8 +189,26 @@ def _webglm(settings: Settings) -> dict:
     def prompt(doc: dict) -> str:
         return releases.webglm_prompt(doc["question"], doc["references"] if settings.references else ())
 
-    doc_to_text: Callable[[dict], str] = prompt
-    return {"doc_to_text": doc_to_text, "process_results": score}
+    # By name, lm-eval's aggregation would bring its bootstrap: a pool of processes forked from a threaded one, which
+    # now and then never ends.
+    metrics = [{"metric": "bleu", "aggregation": _corpus_bleu}, {"metric": "rougeL", "aggregation": mean}]
+    return {
+        "doc_to_text": prompt,
+        "process_results": score,
+        "metric_list": [metric | {"higher_is_better": True} for metric in metrics],
+    }
+
+
+def _corpus_bleu(pairs: list[tuple[str, str]]) -> float:
+    references, answers = zip(*pairs, strict=True)
+    return BLEU().corpus_score(answers, [references]).score
+
+
+def _bleu_signature() -> str:
+    """sacrebleu's, of the settings that `_corpus_bleu` and the counts of `eval.score` use: its defaults."""
+    metric = BLEU()
+    metric.corpus_score(["a"], [["a"]])  # the number of references is known from a score
+    return str(metric.get_signature())
 
 
 def strip_citations(text: str) -> str:

@@ -30,9 +30,8 @@ def score(lm: RankedLM, task: Task, items_file: Path) -> dict:
     benchmark = BENCHMARKS[task.name]
     ranks, items = {}, {}
     for rank in lm.engine.ranks:
-        # Two bootstrap iterations, the least that lm-eval takes: of use are closed-form standard errors alone.
         with _without_lm_eval_progress():
-            result = lm_eval.evaluate(lm.view(rank), task.ready(), bootstrap_iters=2, log_samples=True)
+            result = lm_eval.evaluate(lm.view(rank), task.ready(), log_samples=True)
         ranks[str(rank)] = _metrics(result, task, benchmark)
         for name, samples in result["samples"].items():
             for sample in samples:
@@ -71,7 +70,7 @@ def _metrics(result: dict, task: Task, benchmark) -> dict[str, float]:
     """The main metric's value and standard error (None for BLEU, which has no closed form), and all others by name."""
     metrics = result["results"][task.name]
     main = f"{benchmark.metric},{benchmark.filter}"
-    stderr = metrics.get(main.replace(",", "_stderr,")) if benchmark.metric != "bleu" else None
+    stderr = metrics.get(main.replace(",", "_stderr,"))
     found = {"value": float(metrics[main]), "stderr": float(stderr) if _is_number(stderr) else None}
     if task.loaded["groups"]:
         subjects = [result["results"][name][main] for name in task.loaded["tasks"]]

@@ -35,12 +35,12 @@ AS_TRAINED = "truncate"  # how an adapter is used at a lower rank where nothing 
 
 def score(cell: Cell) -> dict:
     """The results of a cell for its record: held-out loss and tasks at every evaluation rank, and under `cuts` the
-    same for each other way of cutting a static adapter."""
+    same for each other way of cutting a static adapter; and whether the base was dequantized for it."""
     engine, tokenizer = ranked(cell, cell.config.ranks.eval)
     held_out = sequences(prepare(cell.config, tokenizer).held_out)
-    with dequantized(engine.model, cell.config.tasks.dequantize):
+    with dequantized(engine.model, cell.config.tasks.dequantize) as unpacked:
         results = {how: _results(Scoring(cell, engine, tokenizer, how), held_out) for how in cuts(cell.config)}
-    return results.pop(AS_TRAINED) | ({"cuts": results} if results else {})
+    return results.pop(AS_TRAINED) | ({"cuts": results} if results else {}) | {"dequantized": unpacked}
 
 
 def ranked(cell: Cell, ranks: list[int]) -> tuple[AllRanks, PreTrainedTokenizerBase]:
