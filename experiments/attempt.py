@@ -12,8 +12,8 @@ from filelock import SoftFileLease, Timeout
 
 from eval.engine import is_out_of_memory
 from experiments.cell import Cell, note
-from experiments.config import ConfigError
 from experiments.files import Damaged, disk_is_full, read_json, write_json
+from experiments.mistakes import ConfigError
 from experiments.signals import AGAIN, Interrupted
 
 LEASE = 120.0  # seconds without a sign of life after which a holder on another machine is given up

@@ -27,8 +27,9 @@ from pathlib import Path
 
 import torch
 
-from experiments.config import Config, substance
+from experiments.config import substance
 from experiments.files import Damaged, read_json, write_json
+from experiments.schema import Config
 
 SCHEMA = 1
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "lm_eval", "numpy")

@@ -9,8 +9,8 @@ import torch
 from transformers import TrainerCallback
 
 from experiments.cell import note
-from experiments.config import ConfigError
 from experiments.files import flaws, seal
+from experiments.mistakes import ConfigError
 
 KEPT = 2
 

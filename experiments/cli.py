@@ -24,9 +24,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from experiments.attempt import Busy
 from experiments.cell import note
-from experiments.config import CONF, Config, ConfigError, resolved
+from experiments.config import CONF, resolved
 from experiments.files import Damaged, disk_is_full
+from experiments.mistakes import ConfigError
 from experiments.multirun import make_ready
+from experiments.schema import Config
 from experiments.signals import AGAIN, Interrupted, listen
 
 MISTAKES = (ConfigError, Damaged, HydraException, OmegaConfBaseException, FileNotFoundError)

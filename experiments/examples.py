@@ -10,10 +10,11 @@ import numpy as np
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from experiments.config import Config, ConfigError
 from experiments.data.encode import Encoded, encode
 from experiments.data.overlap import evaluation_questions, hub_questions
 from experiments.data.sources import HubSet, load, release_root
+from experiments.mistakes import ConfigError
+from experiments.schema import Config
 
 MEGABATCH = 50  # batches among which lengths are grouped, as in Hugging Face's sampler
 

@@ -9,15 +9,15 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from peft import PeftModel
 from transformers import AutoConfig, PreTrainedConfig
 
 from experiments.cell import Cell, note
 from experiments.cli import command, quiet
-from experiments.config import Config, ConfigError, MemoryForecast
 from experiments.files import write_json
-from qdylora import compute_dtype
+from experiments.method import adapter_settings, base_settings
+from experiments.mistakes import ConfigError
+from experiments.schema import Config, MemoryForecast
 from qdylora.base import base_without_weights
 from qdylora.forecast import Forecast, Shape, Training, attach_without_weights, forecast, largest_micro_batch
 
@@ -58,24 +58,8 @@ def usable(settings: MemoryForecast) -> int:
 
 def model_of(config: Config) -> PeftModel:
     """The cell's model with its adapter, without weights."""
-    c = config
-    base = base_without_weights(
-        architecture(c),
-        c.method.bits,
-        compute_dtype(c.optim.compute_dtype, c.method.bits),
-        quant_type=c.method.quant_type,
-        double_quant=c.method.double_quant,
-    )
-    return attach_without_weights(
-        base,
-        r_max=c.ranks.r_max,
-        alpha=c.method.alpha,
-        scale=c.method.scale,
-        frozen=c.method.gate == "frozen",
-        dropout=c.optim.lora_dropout,
-        targets=c.method.targets,
-        dtype=getattr(torch, c.optim.adapter_dtype),
-    )
+    base = base_without_weights(architecture(config), **base_settings(config))
+    return attach_without_weights(base, **adapter_settings(config))
 
 
 def architecture(config: Config) -> PreTrainedConfig:

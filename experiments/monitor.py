@@ -15,8 +15,8 @@ from eval.engine import AllRanks
 from eval.score import heldout_loss
 from experiments import signals
 from experiments.attempt import Hopeless
-from experiments.config import Config
 from experiments.data.encode import Encoded
+from experiments.schema import Config
 from qdylora import DrawCallback
 
 

@@ -18,7 +18,7 @@ from eval.benchmarks import FEWSHOT_SPLIT, rows
 from eval.hub import fetched
 from experiments.cell import Cell, note
 from experiments.cli import command
-from experiments.config import Config
+from experiments.schema import Config
 from experiments.table import cells
 
 MODEL_FILES = ["*.safetensors", "*.json", "*.model", "*.txt"]

@@ -9,7 +9,8 @@ from __future__ import annotations
 from experiments.cell import Cell, note
 from experiments.chat.page import sample, write_page
 from experiments.cli import command, quiet
-from experiments.config import Config, ConfigError
+from experiments.mistakes import ConfigError
+from experiments.schema import Config
 from experiments.tournament import folder, matches
 
 

@@ -7,8 +7,9 @@ import os
 from experiments.attempt import attempt
 from experiments.cell import Cell
 from experiments.cli import command, quiet, verdict
-from experiments.config import Config, ConfigError
 from experiments.forecast import forecast_of, why_not
+from experiments.mistakes import ConfigError
+from experiments.schema import Config
 from experiments.score import score
 from experiments.train import train
 

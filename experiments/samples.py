@@ -10,14 +10,18 @@ from collections.abc import Sequence
 from eval.dequantize import dequantized
 from eval.lm import RankedLM
 from experiments.cell import Cell, note
+from experiments.checks import out_of_range
 from experiments.cli import command, quiet
-from experiments.config import Config
+from experiments.mistakes import ConfigError
+from experiments.schema import Config
 from experiments.score import ranked, task
 
 
 def samples(cell: Cell) -> str:
     """Greedy answers to the first test items of the cell's benchmark, as Markdown: a heading and a table an item."""
     c = cell.config
+    for complaint in out_of_range("samples.ranks", c.samples.ranks, c):
+        raise ConfigError(complaint)
     engine, tokenizer = ranked(cell, c.samples.ranks)
     lm = RankedLM(engine, tokenizer)
     lm.what = "answering"

@@ -22,10 +22,11 @@ from eval.score import score as score_task
 from experiments.attempt import attempt
 from experiments.cell import Cell
 from experiments.cli import command, quiet, verdict
-from experiments.config import Config, ConfigError, mistakes_in
 from experiments.examples import prepare, release_folder
 from experiments.files import Damaged, flaws, read_json, write_json
+from experiments.mistakes import ConfigError, mistakes_in
 from experiments.monitor import sequences
+from experiments.schema import Config
 from experiments.train import base_model, base_tokenizer
 from qdylora import cut, load_adapter
 

@@ -19,8 +19,10 @@ from analysis.tables import TABLES, Table, to_csv, to_latex, to_markdown
 from experiments.attempt import claim
 from experiments.cell import Cell, note
 from experiments.cli import Unsuccessful, command
-from experiments.config import CONF, Config, mistakes_in, resolved
+from experiments.config import CONF, resolved
+from experiments.mistakes import mistakes_in
 from experiments.process import MALLOC, in_a_process
+from experiments.schema import Config
 from experiments.signals import AGAIN
 
 PATIENCE = 5.0  # seconds between looks at cells that other processes run

@@ -26,8 +26,9 @@ from experiments.chat.judges import Endpoint, Local, api_key
 from experiments.chat.matches import Match, Verdicts, schedule
 from experiments.chat.page import human_verdicts
 from experiments.cli import command, quiet
-from experiments.config import Config, ConfigError
 from experiments.files import write_json
+from experiments.mistakes import ConfigError
+from experiments.schema import Config
 
 
 def folder(config: Config) -> Path:

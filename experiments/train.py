@@ -29,14 +29,16 @@ from experiments import checkpoints
 from experiments.attempt import attempt
 from experiments.cell import Cell, note, peak_memory
 from experiments.cli import command, quiet, verdict
-from experiments.config import Config, draw, mistakes_in
 from experiments.data.encode import CompletionCollator
 from experiments.examples import Examples, Ordered, order, prepare
 from experiments.files import read_json, seal, write_json
+from experiments.method import adapter_settings, base_settings, draw
+from experiments.mistakes import mistakes_in
 from experiments.monitor import Finite, HeldOutLoss, Log, ProgressBar, StopAtSignal, TokenBudget, read_log
+from experiments.schema import Config
 from experiments.signals import until_saved
 from experiments.tracker import Tracker
-from qdylora import DrawCallback, attach, compute_dtype, load_base, load_tokenizer
+from qdylora import DrawCallback, attach, load_base, load_tokenizer
 from qdylora.adapter import SETTINGS_FILE
 from qdylora.base import contiguous_head_input
 from qdylora.export import adapter_bytes
@@ -103,13 +105,7 @@ def base_model(cell: Cell) -> PreTrainedModel:
     """The cell's frozen base, quantized as its method says."""
     c = cell.config
     with _reading_model(c.model.id):
-        model = load_base(
-            bits=c.method.bits,
-            dtype=compute_dtype(c.optim.compute_dtype, c.method.bits),
-            quant_type=c.method.quant_type,
-            double_quant=c.method.double_quant,
-            **base_id(cell),
-        )
+        model = load_base(**base_id(cell), **base_settings(c))
     model.config.use_cache = False
     return model
 
@@ -118,16 +114,7 @@ def adapted_model(cell: Cell) -> PeftModel:
     """The base with a fresh adapter."""
     c, base = cell.config, base_model(cell)
     with mistakes_in("method.targets"):
-        return attach(
-            base,
-            r_max=c.ranks.r_max,
-            alpha=c.method.alpha,
-            scale=c.method.scale,
-            frozen=c.method.gate == "frozen",
-            dropout=c.optim.lora_dropout,
-            targets=c.method.targets,
-            dtype=getattr(torch, c.optim.adapter_dtype),
-        )
+        return attach(base, **adapter_settings(c))
 
 
 def make_trainer(cell: Cell, model: PeftModel, examples: Examples, tokenizer, arguments: TrainingArguments) -> Trainer:

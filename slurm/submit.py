@@ -16,7 +16,8 @@ from hydra.core.hydra_config import HydraConfig
 
 from experiments.cell import Cell, note
 from experiments.cli import command
-from experiments.config import Cluster, Config, ConfigError
+from experiments.mistakes import ConfigError
+from experiments.schema import Cluster, Config
 from experiments.table import cells, show
 from slurm.tasklist import FOLDER, Task, TaskList, is_a_place
 

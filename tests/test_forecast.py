@@ -17,9 +17,10 @@ from transformers import AutoConfig
 
 from experiments.bench_forecast import Setting, Step, forecast_of, measured_peak
 from experiments.cell import Cell
-from experiments.config import CONF, MemoryForecast
+from experiments.config import CONF
 from experiments.files import read_json
 from experiments.forecast import architecture, shape_of, training_of, why_not
+from experiments.schema import MemoryForecast
 from qdylora import attach, load_base
 from qdylora.base import base_without_weights, contiguous_head_input, gguf_file
 from qdylora.forecast import (

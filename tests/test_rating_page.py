@@ -14,7 +14,7 @@ import pytest
 from experiments.chat.matches import Verdicts, schedule
 from experiments.chat.page import human_verdicts, sample, write_page
 from experiments.chat.prompts import Prompt
-from experiments.config import ConfigError
+from experiments.mistakes import ConfigError
 from tests.commands import run
 from tests.judge_server import JudgeServer, Plan, write_answers
 

@@ -15,7 +15,7 @@ from eval.lm import RankedLM
 from eval.score import answer, score
 from experiments.data.sources import release_root
 from qdylora import load_tokenizer
-from tests.commands import run
+from tests.commands import inside, run
 
 CELL = "outputs/smoke/table2/tiny--webglm--qlora--seed0"
 SMOKE = ("table=table2", "scale=smoke", "data=webglm", "method=qlora", "tracker=none", "ranks.eval=[1,8,64]")
@@ -76,3 +76,8 @@ def test_samples_of_an_untrained_cell_say_what_to_do(tmp_path):
         and "has no trained adapter" in done.stderr
         and "run experiments.train first" in done.stderr
     )
+
+
+def test_samples_at_a_rank_that_the_adapter_does_not_have_are_refused(tmp_path):
+    done = inside("experiments.samples", *SMOKE, "samples.ranks=[65]", cwd=tmp_path)
+    assert done.returncode == 2 and "samples.ranks has 65; ranks go from r_min 1 to r_max 64" in done.stderr

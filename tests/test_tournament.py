@@ -13,7 +13,8 @@ from experiments import tournament
 from experiments.cell import Cell
 from experiments.chat import judging
 from experiments.chat.matches import Verdicts
-from experiments.config import CONF, ConfigError, resolved
+from experiments.config import CONF, resolved
+from experiments.mistakes import ConfigError
 from tests import commands
 from tests.commands import run, start
 from tests.judge_server import JudgeServer, Plan, write_answers

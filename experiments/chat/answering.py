@@ -15,9 +15,10 @@ from eval.dequantize import dequantized
 from experiments.cell import Cell, note
 from experiments.chat import prompts as prompt_files
 from experiments.chat.prompts import FORMAT_OF, Prompt, render
-from experiments.config import ConfigError, Contestant
 from experiments.data.formats import HUMAN
 from experiments.files import read_json, write_json
+from experiments.mistakes import ConfigError
+from experiments.schema import Contestant
 from experiments.train import base_id, base_model
 from qdylora import at_rank, attach, load_adapter, load_tokenizer
 from qdylora.adapter import RankSettings

@@ -15,7 +15,7 @@ from experiments.cell import note
 from experiments.chat import judging
 from experiments.chat.judges import Refused, Reply, Unreachable
 from experiments.chat.matches import Match, Verdicts
-from experiments.config import JudgeSettings
+from experiments.schema import JudgeSettings
 from experiments.signals import Interrupted
 
 ATTEMPTS = 2  # a verdict that does not parse is asked once more

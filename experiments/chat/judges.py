@@ -10,7 +10,8 @@ from urllib.parse import urlsplit
 import openai
 import torch
 
-from experiments.config import ConfigError, JudgeSettings
+from experiments.mistakes import ConfigError
+from experiments.schema import JudgeSettings
 from qdylora import compute_dtype, load_base, load_tokenizer
 
 

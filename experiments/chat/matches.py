@@ -13,7 +13,7 @@ from itertools import permutations
 from pathlib import Path
 
 from experiments.chat.prompts import Prompt
-from experiments.config import ConfigError
+from experiments.mistakes import ConfigError
 
 
 @dataclass(frozen=True)

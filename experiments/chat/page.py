@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.chat.matches import Match
-from experiments.config import ConfigError
 from experiments.files import read_json, write_json
+from experiments.mistakes import ConfigError
 
 TEMPLATE = Path(__file__).with_name("page.html")
 VERDICTS = (1, 2, 3)
