@@ -24,15 +24,15 @@ class Busy(Exception):
     """Another process runs the cell."""
 
 
-def attempt(cell: Cell, work: Callable[[], dict]) -> dict | None:
+def attempt(cell: Cell, work: Callable[[], dict], about_memory: Callable[[], dict] = dict) -> dict | None:
     """What `work` returns, done while holding the cell, or None if it failed or ran out of memory: the cell then has a
-    record that says so. Work of another configuration is put aside first.
+    record that says so, with what `about_memory` says. Work of another configuration is put aside first.
 
     A user's mistake, a full disk and a signal leave no record: the cell is as if it had not been started. Raises Busy
     if another process holds the cell and `when_busy` is leave.
     """
     if int(os.environ.get("RANK", 0)):  # the first of several processes holds the cell for all
-        return _recorded(cell, work)
+        return _recorded(cell, work, about_memory)
     with alone(cell):
         for name in cell.prepare():
             note(f"{cell.name}: {name} has changed; what was there is put aside, the cell starts anew")
@@ -41,10 +41,10 @@ def attempt(cell: Cell, work: Callable[[], dict]) -> dict | None:
             _count_start(cell)
             return work()
 
-        return _recorded(cell, counted)
+        return _recorded(cell, counted, about_memory)
 
 
-def _recorded(cell: Cell, work: Callable[[], dict]) -> dict | None:
+def _recorded(cell: Cell, work: Callable[[], dict], about_memory: Callable[[], dict]) -> dict | None:
     try:
         return work()
     except (ConfigError, Damaged, FileNotFoundError):
@@ -60,7 +60,7 @@ def _recorded(cell: Cell, work: Callable[[], dict]) -> dict | None:
             raise
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         if is_out_of_memory(error):
-            cell.finish("oom", reason, oom="met")
+            cell.finish("oom", reason, oom="met", **about_memory())
         elif isinstance(error, Hopeless):
             cell.finish("failed", str(error))
         else:

@@ -19,7 +19,7 @@ def run(cell: Cell) -> dict:
     where the configuration names a GPU."""
     if record := cell.record():
         return record
-    attempt(cell, lambda: _run(cell))
+    attempt(cell, lambda: _run(cell), lambda: _expected(cell.config))
     return cell.ended()
 
 
@@ -33,6 +33,14 @@ def _run(cell: Cell) -> dict:
         if reason := why_not(memory, cell.config.forecast):
             return cell.finish("oom", reason, oom="forecast", **predicted)
     return cell.finish("done", **train(cell), **score(cell), **predicted)
+
+
+def _expected(config: Config) -> dict:
+    """For the record of a cell that ran out of memory: what was forecast, if the base's architecture is known."""
+    try:
+        return {"forecast": forecast_of(config).parts}
+    except ConfigError:
+        return {}
 
 
 def main(config: Config) -> int:

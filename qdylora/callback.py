@@ -40,7 +40,8 @@ class DrawCallback(TrainerCallback):
 
     def on_step_begin(self, args, state, control, model: nn.Module, **kwargs):
         micro_batches = args.gradient_accumulation_steps * args.world_size
-        self.ranks = self.draw.ranks_of_step(state.global_step, micro_batches, args.per_device_train_batch_size)
+        rows, processes = args.per_device_train_batch_size, args.world_size
+        self.ranks = self.draw.ranks_of_step(state.global_step, micro_batches, rows, processes)
         self._micro = 0
         self._set_rank(args, model)
 

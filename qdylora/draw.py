@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 KINDS = ("uniform", "list", "geometric", "fixed")
-PER = ("step", "micro_batch", "sequence")
+PER = ("step", "process", "micro_batch", "sequence")
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,9 @@ class Draw:
 
     kind: `uniform` over r_min..r_max, `list` (uniform over `ranks`), `geometric` (p (1-p)^(b-r_min), cut to
         r_min..r_max), `fixed` (always r_max: plain LoRA).
-    per: one rank per optimizer `step` (the official DyLoRA code's way), per `micro_batch`, or per `sequence`.
+    per: one rank per optimizer `step` (the official DyLoRA code's way), one of its own for each data-parallel
+        `process` in a step (their gradients are averaged, so draws depend on how many there are), per `micro_batch`,
+        or per `sequence`.
     at_r_max, at_r_min: share of each step's rows that is anchored at that rank instead of drawn (slimmable
         networks' sandwich rule); needs per = sequence.
     """
@@ -77,17 +79,24 @@ class Draw:
         weight[: self.r_min - 1] = 0
         return weight / weight.sum()
 
-    def ranks_of_step(self, step: int, micro_batches: int, rows: int) -> np.ndarray:
+    def ranks_of_step(self, step: int, micro_batches: int, rows: int, processes: int = 1) -> np.ndarray:
         """Ranks of all rows of an optimizer step, shape (micro_batches, rows).
 
         `micro_batches` counts gradient accumulation times processes, so that process p of P uses entries
-        p, p + P, ... and the draws do not depend on how a batch is spread over processes.
+        p, p + P, ... and, but for `per = process`, the draws do not depend on how a batch is spread over processes.
         """
         rng = np.random.default_rng((self.seed, step))
-        drawn = {"step": (1, 1), "micro_batch": (micro_batches, 1), "sequence": (micro_batches, rows)}[self.per]
+        drawn = {
+            "step": (1, 1),
+            "process": (processes, 1),
+            "micro_batch": (micro_batches, 1),
+            "sequence": (micro_batches, rows),
+        }[self.per]
         ranks = 1 + rng.choice(self.r_max, size=drawn, p=self.probabilities())
         if self.at_r_max or self.at_r_min:
             self._anchor(ranks.reshape(-1), rng)
+        if self.per == "process":
+            ranks = np.tile(ranks, (micro_batches // processes, 1))
         return np.broadcast_to(ranks, (micro_batches, rows))
 
     def _anchor(self, ranks: np.ndarray, rng: np.random.Generator) -> None:

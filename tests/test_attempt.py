@@ -237,6 +237,7 @@ def test_memory_that_runs_out_is_a_result(tmp_path):
     found = json.loads(next(tmp_path.glob(f"{CELLS}/huge--*/record.json")).read_text())
     assert (found["status"], found["oom"]) == ("oom", "met")
     assert found["peak_memory_bytes"] > 10**8 and "memory" in found["reason"]
+    assert found["forecast"]["base_4bit"] > 2 * 3 * 64 * 300_000_000 // 2 // 2  # two layers of three such matrices
 
 
 LIMITED = """

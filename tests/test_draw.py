@@ -109,6 +109,9 @@ def test_fixed_is_always_r_max():
 
 
 def test_how_often_a_rank_is_drawn():
+    own = Draw(per="process").ranks_of_step(1, 6, 5, processes=2)  # micro-batch i is process i % 2's
+    assert (own == np.tile(own[:2, :1], (3, 5))).all() and own[0, 0] != own[1, 0]
+    assert (Draw(per="process").ranks_of_step(1, 6, 5) == Draw().ranks_of_step(1, 6, 5)).all()
     step, micro, sequence = (Draw(per=p).ranks_of_step(1, 6, 5) for p in ("step", "micro_batch", "sequence"))
     assert step.shape == micro.shape == sequence.shape == (6, 5)
     assert len(np.unique(step)) == 1
@@ -197,7 +200,7 @@ def test_anchored_shares_are_exact_in_every_step_and_move_about(top, bottom, cou
         ({"r_min": 9, "r_max": 8}, "r_min is 9 and r_max 8"),
         ({"r_max": 0}, "r_min is 1 and r_max 0"),
         ({"kind": "unifrom"}, "draw.kind is 'unifrom'; choose one of uniform, list, geometric, fixed"),
-        ({"per": "batch"}, "draw.per is 'batch'; choose one of step, micro_batch, sequence"),
+        ({"per": "batch"}, "draw.per is 'batch'; choose one of step, process, micro_batch, sequence"),
         ({"kind": "list"}, r"draw.ranks is \[\]"),
         ({"kind": "list", "ranks": (1, 65)}, r"draw.ranks is \[1, 65\]; kind 'list' needs ranks from 1 to 64"),
         ({"kind": "list", "ranks": (0, 2)}, r"draw.ranks is \[0, 2\]"),

@@ -52,6 +52,15 @@ def test_two_processes_of_data_parallel_training_over_a_4_bit_base(tmp_path, met
     assert_same_training(one, train(tmp_path / "two", f"method={method}", launcher=TORCHRUN))
 
 
+def test_each_of_two_processes_at_a_rank_of_its_own(tmp_path):
+    """With one micro-batch each, that is one process with a draw per micro-batch."""
+    one = train(tmp_path / "one", "method=qdylora", "budget.batch=2", "method.draw.per=micro_batch")
+    own = ("method=qdylora", "budget.batch=2", "method.draw.per=process")
+    two = train(tmp_path / "two", *own, launcher=TORCHRUN)
+    assert any(len(set(line["ranks"])) == 2 for line in lines(two / "log.jsonl"))
+    assert_same_training(one, two)
+
+
 SHARDED = """
 import sys, torch
 from torch.distributed import destroy_process_group, init_process_group
