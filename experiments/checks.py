@@ -152,8 +152,8 @@ def _contestants(c: Config) -> Iterator[str]:
             yield f"{field} has answers and an adapter; set one of the two"
         if who.adapter is not None and who.rank is None:
             yield f"{field} has an adapter but no rank; set the rank to use it at"
-        if who.rank is not None and not 1 <= who.rank <= c.ranks.r_max:
-            yield f"{field}.rank is {who.rank}; ranks go from 1 to {c.ranks.r_max}"
+        if who.rank is not None and who.rank < 1:
+            yield f"{field}.rank is {who.rank}; it must be at least 1"
 
 
 def _judge(c: Config) -> Iterator[str]:

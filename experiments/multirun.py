@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,8 @@ def make_ready(arguments: Sequence[str]) -> None:
     """
     if not any("submitit_slurm" in argument for argument in arguments):
         return
+    # Our launcher file goes over the plugin's of the same name, which is what makes that one's defaults ours.
+    warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/submitit_slurm' is validated against ConfigStore")
     try:
         works = subprocess.run(["sacct", "--noheader", "--starttime=now"], capture_output=True).returncode == 0
     except FileNotFoundError:

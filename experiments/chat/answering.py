@@ -66,13 +66,15 @@ class Answers:
     def _file(self, name: str, who: Contestant) -> Path:
         """Where a contestant's answers go: another adapter, setting or prompt makes another file."""
         c, adapter = self.cell.config, self._adapter(name)
+        if adapter == self.cell.adapter:
+            _check_rank(name, who, c.ranks.r_max)
         if adapter and not (adapter / WEIGHTS).is_file():
             raise ConfigError(
                 f"tournament.contestants.{name} needs the adapter in {adapter}, where there is none; train it first "
                 f"(python -m experiments.run ...) or set tournament.contestants.{name}.adapter"
             )
-        if adapter and who.rank > (r_max := RankSettings.load(adapter).r_max):
-            raise ConfigError(f"tournament.contestants.{name}.rank is {who.rank}; its adapter's ranks end at {r_max}")
+        if adapter:
+            _check_rank(name, who, RankSettings.load(adapter).r_max)
         t = c.tournament
         how = {
             "base": base_id(self.cell) | {"cache": None, "bits": c.method.bits, "quant_type": c.method.quant_type},
@@ -142,6 +144,11 @@ class Answers:
         new = tokenizer.batch_decode(done[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         answers = (text.split(HUMAN)[0].strip() for text in new)
         return [{"question_id": p.id, "text": text} for p, text in zip(batch, answers, strict=True)]
+
+
+def _check_rank(name: str, who: Contestant, r_max: int) -> None:
+    if who.rank > r_max:
+        raise ConfigError(f"tournament.contestants.{name}.rank is {who.rank}; its adapter's ranks end at {r_max}")
 
 
 def _answers(file: Path) -> Path:

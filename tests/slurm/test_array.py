@@ -206,7 +206,8 @@ def test_a_value_is_no_shell_command(slurm, tmp_path):
     evil = "x'; touch $(pwd)/injected; `touch injected` #"
     for key in ("cluster.account", "cluster.partition"):
         submit(slurm, tmp_path, *LONG, "budget.steps=2", f"{key}={quoted(evil)}")
-    done = submit(slurm, tmp_path, *LONG, "budget.steps=2", f"cluster.modules=[{quoted(evil)}]")
+    other = ("table.data=[oasst1]", "budget.steps=2")
+    done = submit(slurm, tmp_path, *LONG, *other, f"cluster.modules=[{quoted(evil)}]")
     assert done.returncode == 1  # there is no such module
     assert not list(tmp_path.rglob("injected"))
 
