@@ -72,6 +72,8 @@ def _numbers(c: Config) -> Iterator[str]:
         "budget.batch": (c.budget.batch, 1),
         "budget.tokens": (c.budget.tokens, 1),
         "optim.micro_batch": (c.optim.micro_batch, 1),
+        "optim.max_grad_norm": (c.optim.max_grad_norm, 0),
+        "optim.weight_decay": (c.optim.weight_decay, 0),
         "ranks.r_min": (c.ranks.r_min, 1),
         "ranks.r_max": (c.ranks.r_max, c.ranks.r_min),
         "data.source_max_len": (c.data.source_max_len, 1),

@@ -95,6 +95,9 @@ def taken(lease: SoftFileLease) -> bool:
 def show(found: list[tuple[list[str], Cell]], config: Config) -> None:
     """The table made of the cells' records."""
     names = {cell.name for _, cell in found}
+    if not any(cell.ended() for _, cell in found):
+        note(f"no cell of {config.table.name} has ended, so there is no table yet")
+        return
     with mistakes_in(f"records of {config.table.name}"):
         records = load(folder_of(config))
         table = TABLES[config.table.name]([record for record in records if record.name in names])

@@ -98,6 +98,7 @@ BAD = {
     "optim.lr=-1": "optim.lr is -1.0; it must be a positive number",
     "optim.lr=inf": "optim.lr is inf",
     "forecast.gpu_gb=0": "forecast.gpu_gb is 0.0; it must be a positive number",
+    "optim.max_grad_norm=nan": "optim.max_grad_norm is nan; it must be at least 0",
     "forecast.reserve_gb=-1": "forecast.reserve_gb is -1.0; it must be at least 0",
     "optim.name=lion": "optim.name is 'lion'",
     "optim.lora_dropout=1": "optim.lora_dropout is 1.0",
