@@ -16,7 +16,7 @@ from experiments.chat import judging
 from experiments.chat.judges import Refused, Reply, Unreachable
 from experiments.chat.matches import Match, Verdicts
 from experiments.schema import JudgeSettings
-from experiments.signals import Interrupted
+from experiments.signals import asked, until_saved
 
 ATTEMPTS = 2  # a verdict that does not parse is asked once more
 CHARACTERS_A_TOKEN = 4  # of English, roughly
@@ -66,24 +66,26 @@ def estimate(matches: Sequence[Match], settings: JudgeSettings, before: Sequence
 def ask_all(
     matches: Sequence[Match], ask: Callable[[list[dict]], Reply], settings: JudgeSettings, verdicts: Verdicts
 ) -> Outcome:
-    """Ask about every match. Stops asking new ones when the judge cannot be reached; those under way are kept."""
+    """Ask about every match. Stops asking new ones when the judge cannot be reached or a signal came; the answers under
+    way are waited for and kept."""
     outcome, waiting = Outcome(), list(matches)[::-1]
     at_once = settings.parallel if settings.kind == "endpoint" else 1
     under_way: set[Future] = set()
-    with ThreadPoolExecutor(at_once) as pool, tqdm(total=len(matches), desc="verdicts", unit="verdict") as bar:
-        try:
-            while under_way or (waiting and not outcome.open):
-                while waiting and not outcome.open and len(under_way) < at_once:
-                    under_way.add(pool.submit(one, waiting.pop(), ask, settings))
-                for future in wait(under_way, return_when=FIRST_COMPLETED).done:
-                    _keep(future, outcome, verdicts)
-                    under_way.remove(future)
-                    bar.update()
-        except Interrupted:
-            note("stopping; the answers under way are waited for and kept")
-            for future in wait(under_way).done:
+    # A signal between the writing of a verdict and the note that it is written would have it written twice.
+    with (
+        until_saved(),
+        ThreadPoolExecutor(at_once) as pool,
+        tqdm(total=len(matches), desc="verdicts", unit="verdict") as bar,
+    ):
+        while True:
+            while waiting and not outcome.open and not asked() and len(under_way) < at_once:
+                under_way.add(pool.submit(one, waiting.pop(), ask, settings))
+            if not under_way:
+                break
+            for future in wait(under_way, return_when=FIRST_COMPLETED).done:
                 _keep(future, outcome, verdicts)
-            raise
+                under_way.remove(future)
+                bar.update()
     outcome.open += len(waiting)
     return outcome
 
