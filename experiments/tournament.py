@@ -5,7 +5,7 @@ and started again it goes on; no verdict is asked twice. In outputs/<scale>/tour
     answers/         the contestants' answers
     verdicts.jsonl   every verdict
     human/           put here what the page for human raters saved (see experiments.rate)
-    record.json, ratings.md, .csv, ranks.png
+    record.json, ratings.md, .csv, ranks.svg, .png
 """
 
 from __future__ import annotations
