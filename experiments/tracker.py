@@ -42,7 +42,7 @@ class CellRun:
         import wandb
 
         if wandb.run:  # of training that broke off in this process
-            wandb.run.finish(exit_code=1)
+            wandb.teardown(exit_code=1)
         shutil.rmtree(local, ignore_errors=True)
         c = cell.config
         self.cell, self.last_step, self.evaluated = cell, 0, []
@@ -96,7 +96,10 @@ class CellRun:
         self.close(failed=record["status"] == "failed")
 
     def close(self, failed: bool = False) -> None:
+        import wandb
+
         self.run.finish(exit_code=int(failed))
+        wandb.teardown()  # until W&B's own process has written its files
 
     def _log(self, values: dict, step: int) -> None:
         if step >= self.run.step:  # else it is there from before the restart

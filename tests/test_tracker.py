@@ -55,12 +55,18 @@ def tracked(tmp_path_factory) -> Tracked:
     done = inside("experiments.run", *OVERRIDES, cwd=folder)
     assert done.returncode == 0 and "going on from step" in done.stderr, done.stderr
     assert "W&B" not in done.stderr
-    return Tracked(folder, killed, read_run(only_file(folder)))
+    return Tracked(folder, killed, only_run(folder))
 
 
 def only_file(folder: Path) -> Path:
     (file,) = (folder / CELL).glob("wandb/offline-run-*/run-*.wandb")
     return file
+
+
+def only_run(folder: Path) -> OfflineRun:
+    found = read_run(only_file(folder))
+    assert found.ended, f"{only_file(folder)}: {only_file(folder).stat().st_size} bytes, {len(found.history)} steps"
+    return found
 
 
 def column(found: OfflineRun, key: str) -> list[tuple]:
@@ -144,7 +150,7 @@ def test_a_cell_that_ended_untracked_is_sent_by_one_command(tracked, tmp_path):
     shutil.copytree(tracked.folder / CELL, tmp_path / CELL, ignore=shutil.ignore_patterns("wandb", "tracker.json"))
     done = inside("experiments.tracker", *OVERRIDES, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    again = read_run(only_file(tmp_path))
+    again = only_run(tmp_path)
     assert again.run.run_id != tracked.ended.run.run_id
     measured = [{k: v for k, v in row.items() if k.startswith(("train/", "score/"))} for row in again.history]
     assert measured == [

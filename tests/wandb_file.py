@@ -19,7 +19,7 @@ WHOLE, LAST = 1, 4  # types of a record's only and of its last part
 @dataclass
 class OfflineRun:
     """run: its identity. history: one dict a step. axes: glob of series -> the series they are drawn over.
-    charts: keys of custom charts."""
+    charts: keys of custom charts. ended: whether the run was brought to its end."""
 
     run: RunRecord = field(default_factory=RunRecord)
     history: list[dict] = field(default_factory=list)
@@ -27,6 +27,7 @@ class OfflineRun:
     axes: dict[str, str] = field(default_factory=dict)
     charts: set[str] = field(default_factory=set)
     artifacts: list[ArtifactRecord] = field(default_factory=list)
+    ended: bool = False
 
 
 def read_run(file: Path) -> OfflineRun:
@@ -45,6 +46,8 @@ def read_run(file: Path) -> OfflineRun:
                 found.charts |= {u.nested_key[2] for u in record.config.update if "visualize" in u.nested_key}
             case "artifact":
                 found.artifacts.append(record.artifact)
+            case "exit":
+                found.ended = True
     return found
 
 
@@ -68,8 +71,11 @@ def _records(data: bytes) -> Iterator[Record]:
             at += left
             continue
         _, length, kind = HEADER.unpack_from(data, at)
-        parts += data[at + HEADER.size : at + HEADER.size + length]
-        at += HEADER.size + length
+        end = at + HEADER.size + length
+        if end > len(data):  # the rest is still to be written
+            return
+        parts += data[at + HEADER.size : end]
+        at = end
         if kind in (WHOLE, LAST):
             yield Record.FromString(parts)
             parts = b""
