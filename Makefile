@@ -27,7 +27,7 @@ INSTALLED := $(VENV)/.installed-$(shell (cat requirements.lock; echo $(MODEL_PAC
 # Each is the name of a file of conf/table.
 TABLES := table1 table2 table3 table4 semi_sorted
 
-.PHONY: help setup test test-faults test-slurm lint smoke $(TABLES) sweep claims samples figures report forecast elo tournament tournament-demo rating-page clean test-exact bench bench-train bench-score bench-forecast prefetch lock
+.PHONY: help setup test test-faults test-slurm lint smoke $(TABLES) sweep claims samples figures report dashboard forecast elo tournament tournament-demo rating-page clean test-exact bench bench-train bench-score bench-forecast prefetch lock
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -61,6 +61,9 @@ figures: setup  ## the figures of all that has run at SCALE, as SVG and PNG
 
 report: setup  ## one static page of all that has run at SCALE: outputs/SCALE/report.html
 	$(PYTHON) -m analysis.report outputs/$(SCALE)
+
+dashboard: setup  ## create or renew the W&B dashboard of all runs of the project; needs `wandb login`
+	$(PYTHON) -m experiments.dashboard $(ARGS)
 
 sweep: setup  ## one method at several ranks (METHOD=qlora RANKS=1,2,4 MODELS=llama_7b DATA=alpaca LAUNCHER=slurm)
 	$(RUN) table=sweep scale=$(SCALE) 'table.methods=[$(METHOD)]' 'table.ranks=[$(RANKS)]' 'table.data=[$(DATA)]' \

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 from matplotlib.figure import Figure
 
@@ -102,12 +103,21 @@ def _of_logs(folder: Path) -> Iterator[Picture]:
             first, last = lines[0], lines[-1]
             alt = f"Training loss {first['loss']:.3f} at step {first['step']}, {last['loss']:.3f} at {last['step']}."
             yield Picture("Training", f"{name}--training", cell.name, alt, plots.training(lines))
+            yield _of_resources(cell, lines)
             if seen := [line for line in lines if line.get("heldout")]:
                 losses = ", ".join(f"{loss:.3f} at rank {rank}" for rank, loss in seen[-1]["heldout"].items())
                 alt = f"Held-out loss at step {seen[-1]['step']}: {losses}."
                 yield Picture(
                     "Held-out loss in training", f"{name}--heldout", cell.name, alt, plots.heldout_over_steps(seen)
                 )
+
+
+def _of_resources(cell: Path, lines: Sequence[dict]) -> Picture:
+    speed = f"Median {median(line['tokens_per_second'] for line in lines):.0f} tokens a second."
+    peaks = [line["peak_memory_bytes"] for line in lines if "peak_memory_bytes" in line]
+    alt = f"{speed} Peak memory {max(peaks) / plots.GIB:.2f} GiB." if peaks else speed
+    name = f"{cell.parent.name}--{cell.name}--resources"
+    return Picture("Speed and memory of training", name, cell.name, alt, plots.resources(lines))
 
 
 def _of_forecasts(folder: Path) -> Iterator[Picture]:

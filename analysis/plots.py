@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from itertools import cycle
+from math import nan
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -147,6 +148,26 @@ def training(lines: Sequence[dict]) -> Figure:
     rank.set_ylim(bottom=0)
     rank.set_xlabel("optimizer step")
     rank.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.align_ylabels()
+    return figure
+
+
+@styled
+def resources(lines: Sequence[dict]) -> Figure:
+    """A cell's speed of training, and below it the most memory used so far, over optimizer steps."""
+    figure = Figure(figsize=(4.4, 3.4), layout="constrained")
+    speed, memory = figure.subplots(2, sharex=True)
+    steps = [line["step"] for line in lines]
+    speed.plot(steps, [line["tokens_per_second"] for line in lines], "-", color=BLUE, label="tokens a second")
+    speed.set_ylabel("tokens a second")
+    # Logs written before memory was logged have none.
+    so_far = [line.get("peak_memory_bytes", nan) / GIB for line in lines]
+    memory.plot(steps, so_far, "-", color=VERMILLION, drawstyle="steps-post", label="peak memory")
+    memory.set_ylabel("peak memory, GiB")
+    memory.set_xlabel("optimizer step")
+    memory.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes in (speed, memory):
+        axes.set_ylim(bottom=0)
     figure.align_ylabels()
     return figure
 

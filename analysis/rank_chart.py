@@ -6,14 +6,14 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from analysis.ratings import Matches, elo, strengths
+from analysis.style import INK, looks, panel, styled
 
-# Okabe and Ito's colours, each with a marker of its own.
-LOOKS = (("#0072b2", "o"), ("#d55e00", "s"), ("#009e73", "^"), ("#cc79a7", "D"), ("#e69f00", "v"), ("#56b4e9", "P"))
 BASE = "no adapter"
 
 
+@styled
 def rank_chart(verdicts: pd.DataFrame, ranks: Mapping[str, int | None], orders: int = 1_000) -> Figure | None:
-    """Bradley-Terry ratings with 95% intervals over prompts, and Elo (hollow), by rank, one colour a judge.
+    """Bradley-Terry ratings with 95% intervals over prompts, and Elo (hollow), by rank, one look a judge.
 
     ranks: contestant -> its rank, None without an adapter; others in `verdicts` are rated but not drawn. None if
     fewer than two ranks were rated.
@@ -23,10 +23,10 @@ def rank_chart(verdicts: pd.DataFrame, ranks: Mapping[str, int | None], orders: 
     if len([rank for rank in places if rank is not None]) < 2:
         return None
     judges = [(judge, part) for judge, part in verdicts.groupby("judge") if part.verdict.notna().any()]
-    figure = Figure(figsize=(4.8, 3.2), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = panel()
+    look = looks(judge for judge, _ in judges)
     for i, (judge, part) in enumerate(judges):
-        colour, marker = LOOKS[i % len(LOOKS)]
+        colour, marker = look[judge].colour, look[judge].marker
         matches = Matches.of(part)
         rated, walked = strengths(matches), elo(matches, orders)
         at = [k for k, player in enumerate(rated.players) if player in shown]
@@ -38,10 +38,8 @@ def rank_chart(verdicts: pd.DataFrame, ranks: Mapping[str, int | None], orders: 
     axes.set_xlim(-0.5, len(places) - 0.5)
     axes.set_xlabel("rank b of the adapter")
     axes.set_ylabel("rating, Elo points")
-    axes.axhline(1000, color="#999999", linewidth=0.8, zorder=0)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#cccccc", linewidth=0.5)
-    axes.set_axisbelow(True)
+    axes.axhline(1000, color=INK, linewidth=0.8, zorder=0)
+    axes.grid(axis="x", visible=False)
     axes.set_title("filled: Bradley-Terry, 95% interval over prompts; hollow: Elo", fontsize=8, loc="left")
     axes.legend(frameon=False, fontsize=8)
     return figure

@@ -28,7 +28,11 @@ from analysis.style import inline, svg
 from analysis.tables import TABLES
 
 GIB = 2**30
-CLOSED = ("Training", "Held-out loss in training")  # a figure a cell: folded away at first
+CLOSED = (
+    "Training",
+    "Speed and memory of training",
+    "Held-out loss in training",
+)  # a figure a cell: folded away at first
 LISTS = (
     ("budgets", "Budgets", "What each cell was asked to spend, and spent."),
     ("cells", "Cells", "How each cell ended, and what made it."),

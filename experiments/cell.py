@@ -6,7 +6,7 @@ outputs/<scale>/<table>/<model>--<data>--<method>--seed<N>[--steps<N> where the 
     adapter/         the trained adapter of rank r_max
     training.json    what training spent
     parts/, items/   scores and per-item outcomes as they are computed
-    checkpoints/, log.jsonl, wandb/
+    checkpoints/, log.jsonl, tracker.json, wandb/
     config.json, starts.json
 """
 

@@ -15,6 +15,7 @@ from eval.engine import AllRanks
 from eval.score import heldout_loss
 from experiments import signals
 from experiments.attempt import Hopeless
+from experiments.cell import peak_memory
 from experiments.data.encode import Encoded
 from experiments.schema import Config
 from qdylora import DrawCallback
@@ -71,7 +72,7 @@ class TokenBudget(TrainerCallback):
 
 
 class Log(TrainerCallback):
-    """One JSON line a step: loss, learning rate, gradient norm, ranks drawn, tokens, seconds."""
+    """One JSON line a step: loss, learning rate, gradient norm, ranks drawn, tokens, seconds, memory so far."""
 
     def __init__(self, file: Path, draws: DrawCallback):
         self.file, self.draws = file, draws
@@ -96,6 +97,7 @@ class Log(TrainerCallback):
             "tokens": tokens,
             "seconds": round(self.seconds, 3),
             "tokens_per_second": round(tokens / self.seconds, 1),
+            "peak_memory_bytes": peak_memory(),
             "heldout": state.heldout,
         }
         state.heldout = None

@@ -11,6 +11,7 @@ from experiments.forecast import forecast_of, why_not
 from experiments.mistakes import ConfigError
 from experiments.schema import Config
 from experiments.score import score
+from experiments.tracker import Tracker
 from experiments.train import train
 
 
@@ -20,7 +21,9 @@ def run(cell: Cell) -> dict:
     if record := cell.record():
         return record
     attempt(cell, lambda: _run(cell), lambda: _expected(cell.config))
-    return cell.ended()
+    record = cell.ended()
+    Tracker(cell).conclude(record)
+    return record
 
 
 def _run(cell: Cell) -> dict:

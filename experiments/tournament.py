@@ -5,7 +5,7 @@ and started again it goes on; no verdict is asked twice. In outputs/<scale>/tour
     answers/         the contestants' answers
     verdicts.jsonl   every verdict
     human/           put here what the page for human raters saved (see experiments.rate)
-    record.json, ratings.md, .csv, ranks.png
+    record.json, ratings.md, .csv, ranks.svg, .png
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import pandas as pd
 from analysis.chat import judges_table, order_table, tournament_table
 from analysis.layout import Table, to_csv, to_markdown
 from analysis.rank_chart import rank_chart
+from analysis.style import save
 from analysis.verdicts import frame
 from experiments.cell import Cell, environment, note
 from experiments.chat import prompts as prompt_files
@@ -77,7 +78,7 @@ def show(config: Config, scheduled: list[Match]) -> None:
         (here / "ratings.csv").write_text("\n".join(map(to_csv, found)), encoding="utf-8")
         print("\n".join(map(to_markdown, found)))
         if chart := rank_chart(verdicts, entrants(config)):
-            chart.savefig(here / "ranks.png", dpi=150)
+            save(chart, "ranks", here)
     else:
         note("no verdict was given, so there is nothing to rate")
     counts = {str(name): len(part) for name, part in verdicts.groupby("judge")}

@@ -133,9 +133,9 @@ def make_trainer(cell: Cell, model: PeftModel, examples: Examples, tokenizer, ar
         callbacks=[
             draws,
             checkpoints.Seal(),
+            Log(cell.folder / "log.jsonl", draws),  # before HeldOutLoss, whose time is not the step's
             HeldOutLoss(c, examples.held_out),
             TokenBudget(c.budget.tokens),
-            Log(cell.folder / "log.jsonl", draws),
             Finite(draws),
             ProgressBar(cell.name, draws),
             Tracker(cell),

@@ -49,7 +49,8 @@ def make(folder: Path) -> Path:
 
 def line(step: int, **more) -> dict:
     """A line of a training log."""
-    return {"step": step, "loss": 3.0 / step, "ranks": [step, step, 2 * step], "heldout": None} | more
+    measured = {"tokens_per_second": 100.0 * step, "peak_memory_bytes": step * 2**30}
+    return {"step": step, "loss": 3.0 / step, "ranks": [step, step, 2 * step], "heldout": None} | measured | more
 
 
 def change(cell: Path, /, **more) -> None:

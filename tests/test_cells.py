@@ -49,7 +49,8 @@ def undisturbed(tmp_path_factory) -> Path:
 
 
 def without_time(log: list[dict]) -> list[dict]:
-    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in log]
+    measured = ("seconds", "tokens_per_second", "peak_memory_bytes")
+    return [{k: v for k, v in line.items() if k not in measured} for line in log]
 
 
 @pytest.mark.parametrize("damage", ["none", "checkpoint", "log"])
@@ -168,7 +169,7 @@ def test_a_changed_configuration_is_named_and_the_old_work_put_aside(table):
 def test_a_tracker_that_fails_stops_nothing(tmp_path):
     done = run("experiments.train", *SMOKE, "tracker.wandb=online", cwd=tmp_path)  # no account, no network
     assert done.returncode == 0, done.stderr
-    assert "training goes on without it" in done.stderr
+    assert "the cell goes on without it" in done.stderr
     assert len(lines_so_far(tmp_path)) == 4
 
 

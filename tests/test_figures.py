@@ -141,6 +141,21 @@ def test_training_curves_are_the_log(scale, drawn):
     assert [list(one) for one in data(axes, "rank 8")] == [[2, 4, 6], [1 / 2, 1 / 4, 1 / 6]]
 
 
+def test_speed_and_memory_are_the_logs(scale, drawn):
+    picture = drawn[f"table1--{ALPACA}--resources"]
+    speed, memory = picture.figure.axes
+    assert [list(one) for one in data(speed, "tokens a second")] == [[1, 2, 3, 4, 5, 6], [100 * i for i in range(1, 7)]]
+    assert list(data(memory, "peak memory")[1]) == [1, 2, 3, 4, 5, 6]
+    assert picture.alt == "Median 350 tokens a second. Peak memory 6.00 GiB."
+
+
+def test_an_older_log_without_memory_is_drawn_without_it():
+    old = [line(step) for step in (1, 2)]
+    del old[0]["peak_memory_bytes"]
+    memory = plots.resources(old).axes[1]
+    assert np.isnan(data(memory, "peak memory")[1][0]) and data(memory, "peak memory")[1][1] == 2
+
+
 def test_a_log_that_was_cut_off_is_read_to_its_last_whole_line(tmp_path):
     assert log(tmp_path) == []
     (tmp_path / "log.jsonl").write_text(json.dumps(line(1)) + '\n{"step": 2, "lo')
@@ -177,7 +192,8 @@ def test_forecasts_are_read_as_configured_and_a_broken_one_is_named(scale, tmp_p
 def test_every_picture_has_words_for_its_content(drawn):
     assert {picture.kind for picture in drawn.values()} == {
         "Score against rank", "Held-out loss against rank", "Quality against adapter size", "Quality against memory",
-        "Updates of each row", "Training", "Held-out loss in training", "Memory by part",
+        "Updates of each row", "Training", "Speed and memory of training", "Held-out loss in training",
+        "Memory by part",
     }  # fmt: skip
     assert all(len(picture.alt) > 20 for picture in drawn.values())
     alt = drawn["table1--smollm2-135m--self_instruct--40-steps--mmlu--rank"].alt
@@ -200,7 +216,9 @@ def test_records_that_may_not_be_compared_are_not_drawn_together(scale, tmp_path
     folder = Path(shutil.copytree(scale, tmp_path / "mini"))
     change(folder / "table1" / ALPACA, data={"sha256": "another"})
     found = list(pictures(folder, HOW))
-    assert {picture.kind for picture in found} == {"Training", "Held-out loss in training"}
+    assert {picture.kind for picture in found} == {
+        "Training", "Speed and memory of training", "Held-out loss in training",
+    }  # fmt: skip
     assert "no figure of table1: records of one table must agree in training data" in capsys.readouterr().err
 
 
@@ -275,7 +293,7 @@ def test_the_command_writes_svg_and_png_and_says_what_is_wrong_in_one_sentence(s
     done = command(folder)
     assert done.returncode == 0, done.stderr
     written = {file.name for file in (folder / "figures").iterdir()}
-    assert len(written) == 2 * len(done.stdout.splitlines()) == 18
+    assert len(written) == 2 * len(done.stdout.splitlines()) == 20
     assert {f"table1--{ALPACA}--training.svg", f"table1--{ALPACA}--training.png"} <= written
     done = command(tmp_path / "nothing")
     assert done.returncode == 2 and done.stderr == f"error: no folder of records at {tmp_path / 'nothing'}\n"

@@ -175,7 +175,7 @@ def test_a_refused_table_says_why_and_the_rest_stands(copy, scale):
 def test_figures_are_inline_and_have_words(page):
     figures = page.all("figure")
     drawings = [one for one in page.all("div") if one.get("role") == "img"]
-    assert len(figures) == len(drawings) == len(page.all("svg")) == len(page.all("figcaption")) == 16
+    assert len(figures) == len(drawings) == len(page.all("svg")) == len(page.all("figcaption")) == 18
     assert all(len(one["aria-label"]) > 20 for one in drawings)
     ids = [one["id"] for _, one in page.elements if "id" in one]
     assert len(ids) == len(set(ids))
