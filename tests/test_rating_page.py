@@ -92,6 +92,16 @@ class Browser:
     def script(self, text: str):
         return self.call("/execute/sync", {"script": text, "args": []})
 
+    def open(self, page: Path) -> None:
+        self.call("/url", {"url": page.as_uri()})
+        self.wait_for("return document.readyState == 'complete' && document.hasFocus()", True)
+
+    def wait_for(self, script: str, value) -> None:
+        deadline = time.monotonic() + 60
+        while (found := self.script(script)) != value:
+            assert time.monotonic() < deadline, f"{script}: {found!r}"
+            time.sleep(0.05)
+
     def close(self) -> None:
         self.call("", method="DELETE")
         self.driver.terminate()
@@ -110,26 +120,25 @@ def browser(tmp_path):
 def test_rating_with_the_keyboard_alone(browser, tmp_path):
     chosen = sample(matches(3), 4, seed=0)
     page = write_page(tmp_path, chosen, "Which answer is better?")
-    browser.call("/url", {"url": page.as_uri()})
+    browser.open(page)
     assert browser.script("return document.querySelector('h1').textContent") == "Which answer is better?"
     shown = browser.script("return [question.textContent, first.textContent, second.textContent]")
     assert shown == [chosen[0].prompt.text, chosen[0].first_answer, chosen[0].second_answer]
     browser.keys("1" + RIGHT + "3" + "2")  # item 1 is passed over; after the last one the page stays there
-    assert browser.script("return count.textContent") == "4 of 4, 3 rated"
+    browser.wait_for("return count.textContent", "4 of 4, 3 rated")
     browser.keys("s")  # no name yet: the field gets the focus
-    assert browser.script("return document.activeElement.id") == "rater"
+    browser.wait_for("return document.activeElement.id", "rater")
     browser.keys("Ann1\ue007" + "s")
     file = tmp_path / "downloads" / f"{page.stem}-Ann1.jsonl"
-    for _ in range(200):
-        if file.exists():
-            break
+    deadline = time.monotonic() + 60
+    while not file.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     saved = [json.loads(line) for line in file.read_text().splitlines()]
     assert [(line["item"], line["verdict"], line["rater"]) for line in saved] == [
         (0, 1, "Ann1"), (2, 3, "Ann1"), (3, 2, "Ann1"),
     ]  # fmt: skip
-    browser.call("/url", {"url": page.as_uri()})  # closed and opened again: nothing is lost
-    assert browser.script("return count.textContent") == "4 of 4, 3 rated"
+    browser.open(page)  # closed and opened again: nothing is lost
+    browser.wait_for("return count.textContent", "4 of 4, 3 rated")
     (tmp_path / "page.png").write_bytes(b64decode(browser.call("/screenshot")))
     shutil.copytree(tmp_path / "downloads", tmp_path / "human")
     read = {line["match"]: line["verdict"] for line in human_verdicts(tmp_path)}
