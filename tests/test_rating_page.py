@@ -94,7 +94,8 @@ class Browser:
 
     def open(self, page: Path) -> None:
         self.call("/url", {"url": page.as_uri()})
-        self.wait_for("return document.readyState == 'complete' && document.hasFocus()", True)
+        # Chromium drops what is typed before a page's first paint.
+        self.wait_for("return performance.getEntriesByName('first-contentful-paint').length", 1)
 
     def wait_for(self, script: str, value) -> None:
         deadline = time.monotonic() + 60
