@@ -47,6 +47,7 @@ def _choices(c: Config) -> Iterator[str]:
         "when_busy": (c.when_busy, ("wait", "leave")),
         "tracker.wandb": (c.tracker.wandb, ("offline", "online", "off")),
         "tournament.format": (c.tournament.format, ("auto", *CHAT_FORMATS)),
+        "generate.format": (c.generate.format, ("auto", *CHAT_FORMATS)),
         "judge.kind": (c.judge.kind, ("endpoint", "local", "none")),
         "judge.prompt": (c.judge.prompt, JUDGE_PROMPTS),
         **{f"ranks.cuts[{i}]": (how, CUTS) for i, how in enumerate(c.ranks.cuts)},
@@ -93,6 +94,9 @@ def _numbers(c: Config) -> Iterator[str]:
         "tournament.batch": (c.tournament.batch, 1),
         "tournament.human_matches": (c.tournament.human_matches, 1),
         "tournament.temperature": (c.tournament.temperature, 0),
+        "generate.temperature": (c.generate.temperature, 0),
+        "generate.max_new_tokens": (c.generate.max_new_tokens, 1),
+        "generate.sampling_seed": (c.generate.sampling_seed, 0),
         "judge.max_tokens": (c.judge.max_tokens, 1),
         "judge.parallel": (c.judge.parallel, 1),
         "judge.retries": (c.judge.retries, 0),
@@ -111,8 +115,9 @@ def _numbers(c: Config) -> Iterator[str]:
 
 
 def _shares(c: Config) -> Iterator[str]:
-    if not 0 < c.tournament.top_p <= 1:
-        yield f"tournament.top_p is {c.tournament.top_p}; it must be above 0 and at most 1"
+    for name, value in {"tournament.top_p": c.tournament.top_p, "generate.top_p": c.generate.top_p}.items():
+        if not 0 < value <= 1:
+            yield f"{name} is {value}; it must be above 0 and at most 1"
     for name in ("warmup_ratio", "lora_dropout", "beta2"):
         if not 0 <= getattr(c.optim, name) < 1:
             yield f"optim.{name} is {getattr(c.optim, name)}; it must be from 0 to less than 1"
