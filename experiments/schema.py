@@ -205,8 +205,8 @@ class JudgeSettings:
 @dataclass
 class ExportSettings:
     """A cell's adapter for use elsewhere (`experiments.export`). cell: its folder, instead of overrides. rank: one, or
-    `best`, the one that validation items choose; or several `ranks`, a folder each in `out`. merge: the whole model
-    in 16 bits instead of the adapter. gguf: for llama.cpp."""
+    `best` (the default), the one that validation items choose; or several `ranks`, a folder each in `out`. merge: the
+    whole model in 16 bits instead of the adapter. gguf: for llama.cpp."""
 
     cell: str | None = None
     rank: Any = None
