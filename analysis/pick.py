@@ -89,8 +89,7 @@ class Pick:
 
     def size(self, rank: int) -> float | None:
         """Bytes of the adapter at a rank, which grow with it; None where the record does not know."""
-        sizes = {int(known): size for known, size in (self.record.raw.get("adapter_bytes") or {}).items()}
-        return next((size * rank / known for known, size in sizes.items()), None)
+        return next((size * rank / known for known, size in self.record.adapter_bytes.items()), None)
 
 
 def pick(record: Record, distance: Distance, on: str | None = None, how: Bootstrap = DEFAULT) -> Pick:

@@ -51,6 +51,11 @@ class Record:
         return int(self.raw["config"]["ranks"]["r_max"])
 
     @property
+    def adapter_bytes(self) -> dict[int, int]:
+        """Rank -> bytes of the adapter there; empty where it was not recorded."""
+        return {int(rank): size for rank, size in (self.raw.get("adapter_bytes") or {}).items()}
+
+    @property
     def tasks(self) -> dict:
         return self.raw.get("tasks") or {}
 

@@ -125,7 +125,7 @@ def _scores(record: Record) -> str:
     loss = record.raw["heldout"]["ranks"]
     rows = []
     for rank in sorted(loss, key=int):
-        size = record.raw["adapter_bytes"].get(rank)
+        size = record.adapter_bytes.get(int(rank))
         scores = [_percent(record, task, split, rank) for task, split in splits]
         numbers = (Number(loss[rank]["value"], error=loss[rank]["stderr"], digits=3), *scores)
         rows.append(Row((rank,), (*numbers, Number() if size is None else Number(size / MIB, digits=2))))

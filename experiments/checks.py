@@ -23,7 +23,7 @@ from qdylora.gate import SCALES
 
 def check(c: Config) -> None:
     """Refuse the first bad value with a ConfigError."""
-    complaints = (_choices, _names, _numbers, _shares, _ranks, _combinations, _export, _contestants, _judge, _draw)
+    complaints = (_choices, _names, _numbers, _shares, _ranks, _combinations, _using, _contestants, _judge, _draw)
     for found in complaints:
         for complaint in found(c):
             raise ConfigError(complaint)
@@ -150,7 +150,7 @@ def _combinations(c: Config) -> Iterator[str]:
         yield f"root is {c.root!r}; source=local needs the folder that holds the release files"
 
 
-def _export(c: Config) -> Iterator[str]:
+def _using(c: Config) -> Iterator[str]:
     rank = c.export.rank
     if rank is not None and rank != "best" and (isinstance(rank, bool) or not isinstance(rank, int)):
         yield f"export.rank is {rank!r}; give a rank such as 8, or best for the one that validation items choose"
@@ -158,6 +158,8 @@ def _export(c: Config) -> Iterator[str]:
         yield f"export.rank is {rank!r} and export.ranks {c.export.ranks}; set one of the two"
     if len(set(c.export.ranks)) < len(c.export.ranks):
         yield f"export.ranks is {c.export.ranks}; name each rank once"
+    if not c.generate.ranks:
+        yield "generate.ranks is empty; name at least one rank to answer at"
 
 
 def _contestants(c: Config) -> Iterator[str]:
