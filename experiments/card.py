@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,11 +18,12 @@ from experiments.schema import Config, ExportSettings, Model
 from qdylora import Gate
 
 MIB = 1 << 20
+PUBLIC = re.compile(r"package:\w+|\w[\w.-]*(/[\w.-]+)?", re.ASCII)  # of a package, or the hub's
 
 
 def public_name(model: Model) -> str:
     """A name of the base model that means something elsewhere: its id, unless that is a path of this machine."""
-    return model.name if Path(model.id).exists() else model.id
+    return model.id if PUBLIC.fullmatch(model.id) and not Path(model.id).exists() else model.name
 
 
 def card(cell: Cell, rank: int, settings: ExportSettings, why: str) -> str:
@@ -34,7 +36,7 @@ def card(cell: Cell, rank: int, settings: ExportSettings, why: str) -> str:
         f"# {cell.name}, rank {rank}",
         f"{_what(c, rank, settings)} {why}".strip(),
         _facts(c, rank, spent),
-        "## Use\n\n" + _use(c, rank, settings),
+        "## Use\n\n" + _use(c, settings),
         _scores(record) if record and record.done else "## Scores\n\nIt was trained, but not scored.\n",
         "## Licence\n\n" + _licence(c),
     ]
@@ -79,7 +81,7 @@ def _facts(c: Config, rank: int, spent: dict) -> str:
     return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())])
 
 
-def _use(c: Config, rank: int, settings: ExportSettings) -> str:
+def _use(c: Config, settings: ExportSettings) -> str:
     if settings.gguf:
         files = "-m model.gguf" if settings.merge else "-m BASE.gguf --lora adapter.gguf"
         return f"```sh\nllama-cli {files} -p 'Hello'\n```\n\nBASE.gguf is the base model as GGUF."

@@ -15,6 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from transformers import PreTrainedConfig
+
 from analysis.pick import Distance, pick, sentence
 from experiments.card import card, public_name
 from experiments.cell import Cell, note
@@ -66,12 +68,12 @@ class Exporting:
             )
 
     def _adapter(self, rank: int, folder: Path) -> None:
-        export_rank(trained_adapter(self.cell), rank, folder, base=public_name(self.cell.config.model))
+        export_rank(self.cell.adapter, rank, folder, base=public_name(self.cell.config.model))
 
     def _merged(self, rank: int, folder: Path) -> None:
         c = self.cell.config
         in_16_bits = replace(c, method=replace(c.method, bits=16), optim=replace(c.optim, compute_dtype="bfloat16"))
-        model = merge_into(base_model(Cell(in_16_bits)), trained_adapter(self.cell), rank)
+        model = merge_into(base_model(Cell(in_16_bits)), self.cell.adapter, rank)
         model.config.use_cache = True  # training goes without
         model.save_pretrained(folder)
         base_tokenizer(self.cell).save_pretrained(folder)
@@ -86,7 +88,7 @@ class Exporting:
             self._adapter(rank, Path(plain))
             merge_into_gguf(plain, self._base_file(), folder / "model.gguf")
 
-    def _base_config(self):
+    def _base_config(self) -> PreTrainedConfig:
         with mistakes_in(f"model.id {self.cell.config.model.id!r}"):
             return load_config(**base_id(self.cell))
 
@@ -124,8 +126,8 @@ def main(config: Config) -> None:
     quiet()
     cell = chosen(config, OPTIONS)
     exporting = Exporting(cell, config.export)
-    trained_adapter(cell)
     exporting.check()
+    trained_adapter(cell)
     ranks = asked(config, cell)
     for rank, folder in targets(config.export, cell, [*ranks]).items():
         if ranks[rank]:

@@ -35,8 +35,9 @@ class SideBySide(BaseStreamer):
         whole = width or get_terminal_size().columns
         between = len(BETWEEN) * (len(heads) - 1)
         self.width = max(NARROWEST, (whole - between) // len(heads))
-        # A line that the terminal breaks could not be redrawn.
-        self.live = self.out.isatty() and self.width * len(heads) + between <= whole
+        # Lines that the terminal breaks, or that have left its top, could not be redrawn.
+        live = self.out.isatty() and self.width * len(heads) + between <= whole
+        self.room = get_terminal_size().lines - 1 if live else 0
         self.tokens: list[list[int]] = [[] for _ in heads]
         self.ended = [False for _ in heads]
         self._prompt_seen = False
@@ -73,8 +74,9 @@ class SideBySide(BaseStreamer):
         if self._redrawn:
             self.out.write(UP.format(self._redrawn) + ERASE_BELOW)
         for_good = full - self._printed
-        self._write(*(lines if self.live else lines[:for_good]))
-        self._printed, self._redrawn = full, max(0, longest - full) if self.live else 0
+        shown = lines[: for_good + self.room]
+        self._write(*shown)
+        self._printed, self._redrawn = full, len(shown) - for_good
 
     def _line(self, cells: Sequence[str]) -> str:
         return BETWEEN.join(cell.ljust(self.width) for cell in cells).rstrip()

@@ -52,7 +52,7 @@ def generate(home: Path, *options: str) -> str:
 
 
 def columns(printed: str) -> list[list[str]]:
-    """For each prompt the answers of its columns, put together again; their words are not broken at blanks."""
+    """For each prompt the text of its columns, line by line."""
     answers = []
     for part in printed.split("> ")[1:]:
         _, head, rule, *lines = part.rstrip("\n").split("\n")
@@ -176,6 +176,20 @@ def test_a_pipe_gets_a_line_when_it_is_full_in_all_columns():
     out, shown = stream(False, TOKENS)
     assert shown[0] == shown[1] == [] and "\x1b" not in out.getvalue()
     assert shown[3] == WHOLE[:1] and out.lines[2:] == WHOLE
+
+
+def test_a_terminal_keeps_what_it_redraws_on_one_screen(monkeypatch):
+    """One answer of many short lines, one of a single long one that has not filled its first line yet."""
+    monkeypatch.setenv("LINES", "5")
+    out = Terminal(live=True)
+    columns = SideBySide(["a", "b"], lambda tokens: "".join(map(chr, tokens)), {0}, out, width=40)
+    columns.put(torch.zeros(2, 1))
+    for _ in range(9):
+        for letter, other in (("x", "y"), ("\n", "y")):
+            columns.put(torch.tensor([ord(letter), ord(other)]))
+            assert max(map(int, re.findall(r"\x1b\[(\d+)A", out.getvalue())), default=0) <= 4
+    columns.end()
+    assert [line[0] for line in out.lines[2:11]] == ["x"] * 9 and out.lines[2].count("y") == 18
 
 
 # Refusals -------------------------------------------------------------------------------------------
