@@ -55,7 +55,11 @@ def _what(c: Config, rank: int, settings: ExportSettings) -> str:
     if settings.merge:
         what = f"{base} with its LoRA adapter of rank {rank} merged in"
     static = c.method.draw.kind == "fixed"
-    how = f"trained at rank {c.ranks.r_max} only" if static else f"trained at all ranks from 1 to {c.ranks.r_max}"
+    how = (
+        f"trained at rank {c.ranks.r_max} only"
+        if static
+        else f"trained at ranks from {c.ranks.r_min} to {c.ranks.r_max}"
+    )
     cut = "the whole of" if rank == c.ranks.r_max else "the first rows of"
     text = f"This is {what}: {cut} an adapter {how} ({c.method.name})."
     if settings.merge and c.method.bits == 4:
@@ -84,7 +88,8 @@ def _facts(c: Config, rank: int, spent: dict) -> str:
 def _use(c: Config, settings: ExportSettings) -> str:
     if settings.gguf:
         files = "-m model.gguf" if settings.merge else "-m BASE.gguf --lora adapter.gguf"
-        return f"```sh\nllama-cli {files} -p 'Hello'\n```\n\nBASE.gguf is the base model as GGUF."
+        base = "" if settings.merge else "\n\nBASE.gguf is the base model as GGUF."
+        return f"```sh\nllama-cli {files} -p 'Hello'\n```{base}"
     if settings.merge:
         return _python(
             "from transformers import AutoModelForCausalLM",
