@@ -172,7 +172,6 @@ def loss_curve(name: str, run: Run) -> Curve:
 
 def _curve(name: str, run: Run, ranks: list[int], triples: list[tuple], higher_is_better: bool) -> Curve:
     values, lows, highs = zip(*triples, strict=True)
-    raw = run.records[0].raw
     return Curve(
         name=name,
         ranks=tuple(ranks),
@@ -181,7 +180,7 @@ def _curve(name: str, run: Run, ranks: list[int], triples: list[tuple], higher_i
         highs=highs,
         own=run.own_rank if run.records[0].cell["method"].split(":")[0] in STATIC else None,
         higher_is_better=higher_is_better,
-        adapter_bytes={int(rank): size for rank, size in (raw.get("adapter_bytes") or {}).items()},
+        adapter_bytes=run.records[0].adapter_bytes,
         memory_bytes=_mean([record.raw.get("peak_memory_bytes") for record in run.records]),
     )
 

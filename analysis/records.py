@@ -51,6 +51,11 @@ class Record:
         return int(self.raw["config"]["ranks"]["r_max"])
 
     @property
+    def adapter_bytes(self) -> dict[int, int]:
+        """Rank -> bytes of the adapter there; empty where it was not recorded."""
+        return {int(rank): size for rank, size in (self.raw.get("adapter_bytes") or {}).items()}
+
+    @property
     def tasks(self) -> dict:
         return self.raw.get("tasks") or {}
 
@@ -85,7 +90,7 @@ def load(folder: str | Path) -> list[Record]:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder of records at {folder}")
-    records = [_read(cell / "record.json") for cell in cells(folder) if (cell / "record.json").exists()]
+    records = [read(cell / "record.json") for cell in cells(folder) if (cell / "record.json").exists()]
     seen: dict[str, Record] = {}
     for record in records:
         if record.name in seen:
@@ -121,7 +126,8 @@ def log(cell: Path) -> list[dict]:
     return lines
 
 
-def _read(path: Path) -> Record:
+def read(path: Path) -> Record:
+    """The record in one file. ValueError naming it if it is broken."""
     try:
         raw = read_json(path)
     except OSError as error:

@@ -37,7 +37,10 @@ PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "data
 
 @dataclass
 class Cell:
+    """at: its folder, where that is not the one that its configuration says."""
+
     config: Config
+    at: Path | None = None
 
     @property
     def name(self) -> str:
@@ -66,7 +69,7 @@ class Cell:
 
     @property
     def folder(self) -> Path:
-        return Path(self.config.outputs) / self.config.scale / self.config.table.name / self.name
+        return self.at or Path(self.config.outputs) / self.config.scale / self.config.table.name / self.name
 
     @property
     def record_file(self) -> Path:
@@ -117,7 +120,7 @@ class Cell:
         before = read_json(marker)
         changed = []
         if before and before["digest"] != self.digest:
-            changed = sorted(_differences(before["config"], substance(self.plain_config)))
+            changed = sorted(differences(before["config"], substance(self.plain_config)))
             os.replace(self.folder, self.folder.with_name(f"{self.name}~{before['digest']}"))
         for draft in self.folder.rglob(".*.json.*"):  # of a process killed while it wrote
             draft.unlink()
@@ -191,10 +194,10 @@ def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _differences(a, b, path: str = "") -> list[str]:
+def differences(a, b, path: str = "") -> list[str]:
     """Dotted names of the leaves in which two configurations differ."""
     if isinstance(a, dict) and isinstance(b, dict):
         return [
-            d for key in a.keys() | b.keys() for d in _differences(a.get(key), b.get(key), f"{path}.{key}".strip("."))
+            d for key in a.keys() | b.keys() for d in differences(a.get(key), b.get(key), f"{path}.{key}".strip("."))
         ]
     return [] if a == b else [path]

@@ -23,7 +23,7 @@ from qdylora.gate import SCALES
 
 def check(c: Config) -> None:
     """Refuse the first bad value with a ConfigError."""
-    complaints = (_choices, _names, _numbers, _shares, _ranks, _combinations, _contestants, _judge, _draw)
+    complaints = (_choices, _names, _numbers, _shares, _ranks, _combinations, _using, _contestants, _judge, _draw)
     for found in complaints:
         for complaint in found(c):
             raise ConfigError(complaint)
@@ -47,6 +47,7 @@ def _choices(c: Config) -> Iterator[str]:
         "when_busy": (c.when_busy, ("wait", "leave")),
         "tracker.wandb": (c.tracker.wandb, ("offline", "online", "off")),
         "tournament.format": (c.tournament.format, ("auto", *CHAT_FORMATS)),
+        "generate.format": (c.generate.format, ("auto", *CHAT_FORMATS)),
         "judge.kind": (c.judge.kind, ("endpoint", "local", "none")),
         "judge.prompt": (c.judge.prompt, JUDGE_PROMPTS),
         **{f"ranks.cuts[{i}]": (how, CUTS) for i, how in enumerate(c.ranks.cuts)},
@@ -93,6 +94,9 @@ def _numbers(c: Config) -> Iterator[str]:
         "tournament.batch": (c.tournament.batch, 1),
         "tournament.human_matches": (c.tournament.human_matches, 1),
         "tournament.temperature": (c.tournament.temperature, 0),
+        "generate.temperature": (c.generate.temperature, 0),
+        "generate.max_new_tokens": (c.generate.max_new_tokens, 1),
+        "generate.sampling_seed": (c.generate.sampling_seed, 0),
         "judge.max_tokens": (c.judge.max_tokens, 1),
         "judge.parallel": (c.judge.parallel, 1),
         "judge.retries": (c.judge.retries, 0),
@@ -111,8 +115,9 @@ def _numbers(c: Config) -> Iterator[str]:
 
 
 def _shares(c: Config) -> Iterator[str]:
-    if not 0 < c.tournament.top_p <= 1:
-        yield f"tournament.top_p is {c.tournament.top_p}; it must be above 0 and at most 1"
+    for name, value in {"tournament.top_p": c.tournament.top_p, "generate.top_p": c.generate.top_p}.items():
+        if not 0 < value <= 1:
+            yield f"{name} is {value}; it must be above 0 and at most 1"
     for name in ("warmup_ratio", "lora_dropout", "beta2"):
         if not 0 <= getattr(c.optim, name) < 1:
             yield f"optim.{name} is {getattr(c.optim, name)}; it must be from 0 to less than 1"
@@ -143,6 +148,18 @@ def _combinations(c: Config) -> Iterator[str]:
         yield "method.update is 'masked' but optim.name is 'paged_adamw_8bit'; choose a 32-bit optimizer"
     if c.source == "local" and (c.root is None or not Path(c.root).is_dir()):
         yield f"root is {c.root!r}; source=local needs the folder that holds the release files"
+
+
+def _using(c: Config) -> Iterator[str]:
+    rank = c.export.rank
+    if rank is not None and rank != "best" and (isinstance(rank, bool) or not isinstance(rank, int)):
+        yield f"export.rank is {rank!r}; give a rank such as 8, or best for the one that validation items choose"
+    if rank is not None and c.export.ranks:
+        yield f"export.rank is {rank!r} and export.ranks {c.export.ranks}; set one of the two"
+    if len(set(c.export.ranks)) < len(c.export.ranks):
+        yield f"export.ranks is {c.export.ranks}; name each rank once"
+    if not c.generate.ranks:
+        yield "generate.ranks is empty; name at least one rank to answer at"
 
 
 def _contestants(c: Config) -> Iterator[str]:

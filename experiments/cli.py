@@ -43,8 +43,14 @@ class Unsuccessful(Exception):
         return self.args[0]
 
 
-def command(work: Callable[[Config], int]) -> None:
-    """Run `work` on the configuration that the command line asks for; exits with its code."""
+def command(work: Callable[[Config], int], options: str | None = None) -> None:
+    """Run `work` on the configuration that the command line asks for; exits with its code.
+
+    options: the group of the configuration that is the command's own. Its fields may be set without the group's
+    name: `rank=8` for `export.rank=8`.
+    """
+    if options:
+        sys.argv[1:] = [with_group(argument, options) for argument in sys.argv[1:]]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors through to us
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     listen()
@@ -77,6 +83,11 @@ def command(work: Callable[[Config], int]) -> None:
         note(f"error: {sentence(error)}")
         sys.exit(code)
     sys.exit(0)
+
+
+def with_group(argument: str, group: str) -> str:
+    """A command line's argument, with the group's name in front of it if it sets one of the group's fields."""
+    return f"{group}.{argument}" if argument.split("=")[0] in vars(getattr(Config(), group)) else argument
 
 
 def exit_code(error: Exception) -> int | None:

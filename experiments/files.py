@@ -6,6 +6,10 @@ import errno
 import hashlib
 import json
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from eval.releases import sha256
@@ -53,6 +57,19 @@ def read_json(file: Path) -> dict | None:
 def checksum(content: dict) -> str:
     """SHA-256 of what a JSON file says, whatever its layout."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder to write to that becomes `target` when the body has ended well, and nothing at all when it has not."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    draft.chmod(0o755)
+    try:
+        yield draft
+        os.replace(draft, target)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 def seal(folder: Path) -> None:

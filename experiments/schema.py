@@ -203,6 +203,47 @@ class JudgeSettings:
 
 
 @dataclass
+class ExportSettings:
+    """A cell's adapter for use elsewhere (`experiments.export`). cell: its folder, instead of overrides. rank: one, or
+    `best` (the default), the one that validation items choose; or several `ranks`, a folder each in `out`. merge: the
+    whole model in 16 bits instead of the adapter. gguf: for llama.cpp."""
+
+    cell: str | None = None
+    rank: Any = None
+    ranks: list[int] = field(default_factory=list)
+    out: str | None = None
+    merge: bool = False
+    gguf: bool = False
+
+
+@dataclass
+class GenerateSettings:
+    """Prompts answered side by side (`experiments.generate`). cell: as in ExportSettings. prompts: a file, JSON lines
+    (see `experiments.chat.prompts`); else they are read from the terminal. format: how a prompt is put to the model,
+    `auto` by the data set trained on, `chat` by the tokenizer's template."""
+
+    cell: str | None = None
+    ranks: list[int] = field(default_factory=lambda: [1, 8, 64])
+    prompts: str | None = None
+    format: str = "auto"
+    temperature: float = 0.7
+    top_p: float = 0.9
+    max_new_tokens: int = 256
+    sampling_seed: int = 0
+
+
+@dataclass
+class PickSettings:
+    """The smallest rank that is good enough (`experiments.pick`). cell: as in ExportSettings. within: how far from the
+    best score, a share of it (1%) or a number in the metric's unit. on: a benchmark, or `heldout` for the loss; by
+    default the cell's first benchmark."""
+
+    cell: str | None = None
+    within: Any = "1%"
+    on: str | None = None
+
+
+@dataclass
 class Tracker:
     """heldout_every: optimizer steps between held-out losses during training, or null; on `heldout_items` items."""
 
@@ -255,6 +296,9 @@ class Config:
     tasks: Tasks = field(default_factory=Tasks)
     tracker: Tracker = field(default_factory=Tracker)
     samples: Samples = field(default_factory=Samples)
+    export: ExportSettings = field(default_factory=ExportSettings)
+    generate: GenerateSettings = field(default_factory=GenerateSettings)
+    pick: PickSettings = field(default_factory=PickSettings)
     table: TableSettings = field(default_factory=TableSettings)
     forecast: MemoryForecast = field(default_factory=MemoryForecast)
     tournament: TournamentSettings = field(default_factory=TournamentSettings)

@@ -46,6 +46,14 @@ def score(cell: Cell) -> dict:
 
 def ranked(cell: Cell, ranks: list[int]) -> tuple[AllRanks, PreTrainedTokenizerBase]:
     """The trained cell's model at `ranks`, and its tokenizer. ConfigError if it has no adapter."""
+    adapter = trained_adapter(cell)
+    return AllRanks(load_adapter(base_model(cell), adapter), ranks, cell.config.tasks.tokens_per_batch), base_tokenizer(
+        cell
+    )
+
+
+def trained_adapter(cell: Cell) -> Path:
+    """The folder of the cell's adapter, whole. ConfigError if there is none, Damaged if it is not as it was written."""
     if not cell.adapter.is_dir():
         raise ConfigError(f"{cell.name} has no trained adapter in {cell.adapter}; run experiments.train first")
     if broken := flaws(cell.adapter):
@@ -53,8 +61,7 @@ def ranked(cell: Cell, ranks: list[int]) -> tuple[AllRanks, PreTrainedTokenizerB
             f"{cell.adapter / broken[0]} is missing or differs from its checksum; "
             f"delete {cell.folder}/training.json, and the adapter is trained again"
         )
-    model = load_adapter(base_model(cell), cell.adapter)
-    return AllRanks(model, ranks, cell.config.tasks.tokens_per_batch), base_tokenizer(cell)
+    return cell.adapter
 
 
 def cuts(config: Config) -> list[str]:

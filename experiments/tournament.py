@@ -20,15 +20,14 @@ from analysis.rank_chart import rank_chart
 from analysis.style import save
 from analysis.verdicts import frame
 from experiments.cell import Cell, environment, note
-from experiments.chat import prompts as prompt_files
 from experiments.chat.answering import Answers
 from experiments.chat.asking import about, ask_all, estimate, report
 from experiments.chat.judges import Endpoint, Local, api_key
 from experiments.chat.matches import Match, Verdicts, schedule
 from experiments.chat.page import human_verdicts
+from experiments.chat.prompts import load_named
 from experiments.cli import command, quiet
 from experiments.files import write_json
-from experiments.mistakes import ConfigError
 from experiments.schema import Config
 
 
@@ -39,12 +38,7 @@ def folder(config: Config) -> Path:
 def matches(cell: Cell) -> list[Match]:
     """The tournament's matches, with the contestants' answers, which are generated if they are not there yet."""
     t = cell.config.tournament
-    try:
-        prompts = prompt_files.load(Path(t.prompts), t.limit)
-    except FileNotFoundError:
-        raise ConfigError(f"tournament.prompts is {t.prompts!r}, which is no file; name a file of prompts") from None
-    except ValueError as error:
-        raise ConfigError(f"tournament.prompts: {error}") from error
+    prompts = load_named("tournament.prompts", t.prompts, t.limit)
     return schedule(prompts, Answers(cell, folder(cell.config) / "answers", prompts).all())
 
 

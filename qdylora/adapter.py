@@ -14,6 +14,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
 
+from qdylora.draw import Draw
 from qdylora.gate import Gate
 
 SETTINGS_FILE = "qdylora.json"
@@ -80,6 +81,18 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, *, trainable: bool 
     model = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
     _share(model, Gate(settings.r_max, settings.alpha, settings.scale, settings.frozen))
     return model
+
+
+def save_adapter(model: PeftModel, folder: str | Path, draw: Draw, update: str = "drift") -> None:
+    """Save the adapter of `model` and its rank settings, as `DrawCallback` does with every checkpoint: what
+    `load_adapter` and `export_rank` read. `draw` and `update` say how its ranks were trained."""
+    model.save_pretrained(str(folder))
+    rank_settings(model, draw, update).save(folder)
+
+
+def rank_settings(model: nn.Module, draw: Draw, update: str) -> RankSettings:
+    gate = gate_of(model)
+    return RankSettings(gate.r_max, gate.alpha, gate.scale, gate.frozen, update, vars(draw))
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:

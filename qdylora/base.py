@@ -31,6 +31,8 @@ from transformers import (
 from transformers.models.falcon import modeling_falcon
 from transformers.quantizers import AutoHfQuantizer
 
+from qdylora.gguf_io import copy_gguf
+
 log = logging.getLogger(__name__)
 
 BITS = (4, 16, 32)
@@ -145,6 +147,14 @@ def load_tokenizer(
     tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return tokenizer
+
+
+def load_config(
+    model_id: str, *, revision: str | None = None, cache: Path = Path("outputs/cache"), random_config=None
+) -> PreTrainedConfig:
+    """The model's transformers configuration."""
+    source, revision = _local_or_hub(model_id, revision, cache, random_config)
+    return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
 
 
 def _quantization(dtype: torch.dtype, quant_type: str, double_quant: bool) -> BitsAndBytesConfig:
@@ -267,17 +277,7 @@ def _without_absent_tokens(file: Path, scratch: Path) -> Path:
     absent = {n for n, f in reader.fields.items() if n.endswith("_token_id") and f.contents() >= vocabulary}
     if not absent:
         return file
-    architecture = "general.architecture"
-    writer = gguf.GGUFWriter(scratch / file.name, reader.fields[architecture].contents())
-    for name, field in reader.fields.items():
-        if name not in absent | {architecture} and not name.startswith("GGUF."):
-            writer.add_key_value(name, field.contents(), field.types[0], sub_type=field.types[-1])
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    copy_gguf(reader, scratch / file.name, without=absent)
     return scratch / file.name
 
 

@@ -6,7 +6,7 @@ import numpy as np
 from torch import nn
 from transformers import TrainerCallback
 
-from qdylora.adapter import RankSettings, gate_of
+from qdylora.adapter import gate_of, rank_settings
 from qdylora.draw import Draw
 from qdylora.update import mask_updates
 
@@ -54,11 +54,8 @@ class DrawCallback(TrainerCallback):
 
     def on_save(self, args, state, control, model: nn.Module, **kwargs):
         if state.is_world_process_zero:
-            self.settings(model).save(f"{args.output_dir}/checkpoint-{state.global_step}")
-
-    def settings(self, model: nn.Module) -> RankSettings:
-        gate = gate_of(model)
-        return RankSettings(gate.r_max, gate.alpha, gate.scale, gate.frozen, self.update, vars(self.draw))
+            folder = f"{args.output_dir}/checkpoint-{state.global_step}"
+            rank_settings(model, self.draw, self.update).save(folder)
 
     def _set_rank(self, args, model: nn.Module) -> None:
         ranks = self.ranks[self._micro * args.world_size + args.process_index]

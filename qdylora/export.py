@@ -18,11 +18,14 @@ from qdylora.gate import Gate
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 
 
-def export_rank(source: str | Path, rank: int, target: str | Path, *, svd: bool = False) -> Path:
+def export_rank(
+    source: str | Path, rank: int, target: str | Path, *, svd: bool = False, base: str | None = None
+) -> Path:
     """Write the adapter in `source` at `rank` as an ordinary PEFT adapter folder: r = rank, no extra code needed.
 
     The first `rank` rows are taken, which is how an any-rank adapter is used; with `svd` the best rank-b
     approximation of the whole product B A instead, which is how a careful user would cut a static adapter.
+    `base` is the name to give for the base model, where the one in `source` is a path of this machine.
     Works on files alone, without the base model. Returns `target`.
     """
     source, target = Path(source), Path(target)
@@ -40,7 +43,7 @@ def export_rank(source: str | Path, rank: int, target: str | Path, *, svd: bool 
     config = json.loads((source / CONFIG_FILE).read_text())
     # PEFT's scale is lora_alpha / r, and lora_alpha / sqrt(r) with use_rslora.
     alpha = settings.alpha if settings.scale != "constant" else settings.alpha * rank / settings.r_max
-    config |= {"r": rank, "lora_alpha": alpha}
+    config |= {"r": rank, "lora_alpha": alpha} | ({"base_model_name_or_path": base} if base else {})
     target.mkdir(parents=True, exist_ok=True)
     save_file(cut, target / WEIGHTS_FILE, metadata={"format": "pt"})
     (target / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

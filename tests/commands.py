@@ -54,7 +54,8 @@ def inside(module: str, *overrides: str, cwd: Path) -> subprocess.CompletedProce
         patch.setattr(sys, "argv", [module, *overrides])
         patch.setattr(signals, "_received", None)
         try:
-            command(importlib.import_module(module).main)
+            entry = importlib.import_module(module)
+            command(entry.main, getattr(entry, "OPTIONS", None))
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)

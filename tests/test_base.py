@@ -6,10 +6,10 @@ from pathlib import Path
 
 import bitsandbytes as bnb
 import gguf
-import numpy as np
 import pytest
 import torch
 from tiny import CONFIGS, base, tokens
+from tiny_gguf import reference_weights
 from torch import nn
 from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
@@ -17,17 +17,6 @@ from transformers.pytorch_utils import Conv1D
 from qdylora import load_base, load_tokenizer
 
 FAMILIES = ["llama", "falcon"]
-ENDS = {
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-}
 
 
 @pytest.fixture(scope="module")
@@ -61,31 +50,6 @@ def stories_q4(stories, tmp_path_factory) -> Path:
             writer.add_tensor(tensor.name, tensor.data)
     writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
     return file
-
-
-def reference_weights(file: Path) -> dict[str, torch.Tensor]:
-    """The file's tensors by their names in transformers. llama.cpp keeps the rows of q and k as rotated pairs."""
-    reader = gguf.GGUFReader(file)
-    heads = {
-        "attn_q": reader.fields["llama.attention.head_count"].contents(),
-        "attn_k": reader.fields["llama.attention.head_count_kv"].contents(),
-    }
-    weights = {}
-    for tensor in reader.tensors:
-        w = torch.from_numpy(np.array(gguf.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
-        parts = tensor.name.split(".")
-        if parts[0] != "blk":
-            name = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}[parts[0]]
-            weights[f"{name}.weight"] = w
-            continue
-        if parts[2] in heads:
-            half = w.shape[0] // heads[parts[2]] // 2
-            rows = [
-                h * 2 * half + 2 * i + j for h in range(heads[parts[2]]) for j in range(2) for i in range(half)
-            ]  # pair i of head h: its first number comes i-th, its second half a head later
-            w = w[rows]
-        weights[f"model.layers.{parts[1]}.{ENDS[parts[2]]}.weight"] = w
-    return weights
 
 
 def assert_weights(model, want: dict[str, torch.Tensor]) -> None:

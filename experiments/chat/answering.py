@@ -14,7 +14,7 @@ from tqdm import tqdm
 from eval.dequantize import dequantized
 from experiments.cell import Cell, note
 from experiments.chat import prompts as prompt_files
-from experiments.chat.prompts import FORMAT_OF, Prompt, render
+from experiments.chat.prompts import Prompt, format_for, tokenized
 from experiments.data.formats import HUMAN
 from experiments.files import read_json, write_json
 from experiments.mistakes import ConfigError
@@ -49,8 +49,7 @@ class Answers:
     @property
     def format(self) -> str:
         c = self.cell.config
-        chosen = c.tournament.format
-        return FORMAT_OF.get(c.data.name, "plain") if chosen == "auto" else chosen
+        return format_for(c.tournament.format, c.data.name)
 
     def _from_file(self, name: str, who: Contestant) -> dict[str, str]:
         file = Path(who.answers)
@@ -129,8 +128,7 @@ class Answers:
         c = self.cell.config
         t = c.tournament
         torch.manual_seed(c.seed * 1_000_003 + number)
-        texts = [render(prompt, self.format, tokenizer) for prompt in batch]
-        inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=self.format != "chat")
+        inputs = tokenized(batch, self.format, tokenizer)
         sampling = {"do_sample": True, "temperature": t.temperature, "top_p": t.top_p, "top_k": 0}
         done = model.generate(
             input_ids=inputs["input_ids"].to(model.device),

@@ -5,10 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from transformers import BatchEncoding, PreTrainedTokenizerBase
+
 from experiments.data.formats import ALPACA_NO_INPUT, ASSISTANT, HUMAN
+from experiments.mistakes import ConfigError
 
 OWN_PROMPTS = Path(__file__).with_suffix(".jsonl")
 CHAT_FORMATS = ("guanaco", "alpaca", "plain", "chat")
@@ -59,6 +63,16 @@ def load(file: Path, limit: int | None = None) -> list[Prompt]:
     return prompts
 
 
+def load_named(field: str, file: str, limit: int | None = None) -> list[Prompt]:
+    """`load` of the file that `field` of the configuration names. ConfigError if it cannot be read."""
+    try:
+        return load(Path(file), limit)
+    except FileNotFoundError:
+        raise ConfigError(f"{field} is {file!r}, which is no file; name a file of prompts") from None
+    except ValueError as error:
+        raise ConfigError(f"{field}: {error}") from error
+
+
 def dialogue(text: str) -> tuple[str, ...]:
     """The turns of a dialogue in the Guanaco form; () if it is none. A trailing "### Assistant:" is dropped."""
     parts = TURN.split(text.strip().removesuffix(ASSISTANT))[1:]
@@ -77,6 +91,17 @@ def render(prompt: Prompt, how: str, tokenizer) -> str:
         markers = (HUMAN, ASSISTANT)
         return "".join(f"{markers[i % 2]} {turn}" for i, turn in enumerate(prompt.turns)) + ASSISTANT
     return ALPACA_NO_INPUT.format(instruction=prompt.text) if how == "alpaca" else f"{prompt.text}\n\n"
+
+
+def format_for(how: str, data: str) -> str:
+    """One of CHAT_FORMATS: `how`, or for `auto` the one that models are trained with on the data set `data`."""
+    return FORMAT_OF.get(data, "plain") if how == "auto" else how
+
+
+def tokenized(prompts: Sequence[Prompt], how: str, tokenizer: PreTrainedTokenizerBase) -> BatchEncoding:
+    """Token ids and attention mask (prompts, longest) of rendered prompts. A chat template has its special tokens."""
+    texts = [render(prompt, how, tokenizer) for prompt in prompts]
+    return tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=how != "chat")
 
 
 def answers(file: Path, prompts: list[Prompt]) -> dict[str, str]:
