@@ -3,6 +3,10 @@
 VENV ?= .venv
 PYTHON := $(VENV)/bin/python
 SCALE ?= mini
+# Where data sets come from, if not from where the scale says: SOURCE=hub, or SOURCE=local ROOT=folder of release files.
+SOURCE ?=
+ROOT ?=
+AT = scale=$(SCALE) $(if $(SOURCE),source=$(SOURCE)) $(if $(ROOT),'root=$(ROOT)')
 ARGS ?=
 CELL ?= data=alpaca method=qdylora
 JUDGE ?= endpoint
@@ -42,19 +46,19 @@ $(INSTALLED): requirements.lock
 	rm -f $(VENV)/.installed-*
 	touch $@
 
-table1: ## Table 1: five-shot MMLU after each instruction set (SCALE=smoke, mini or paper)
+table1: ## Table 1: five-shot MMLU after each instruction set (SCALE=smoke, mini, small or paper)
 table2: ## Table 2: WebGLM and GSM8K at every rank; QLoRA truncated in two ways and by SVD
 table3: ## Table 3: DyLoRA, QLoRA and QDyLoRA at every rank on GSM8K and TriviaQA
 table4: ## Table 4: the hyper-parameters of every experiment; runs nothing
 semi_sorted: ## how sorted the ranks are under three budgets and three draws
 $(TABLES): setup
-	$(RUN) table=$@ scale=$(SCALE) $(ARGS)
+	$(RUN) table=$@ $(AT) $(ARGS)
 
 claims: setup  ## verdicts on the paper's claims from the records of the tables made so far
 	$(PYTHON) -m analysis.claims outputs/$(SCALE)
 
 samples: setup  ## appendix A.2: the same prompts answered at chosen ranks; needs Table 2
-	$(PYTHON) -m experiments.samples table=table2 data=gsm8k method=qdylora scale=$(SCALE) $(ARGS)
+	$(PYTHON) -m experiments.samples table=table2 data=gsm8k method=qdylora $(AT) $(ARGS)
 
 figures: setup  ## the figures of all that has run at SCALE, as SVG and PNG
 	$(PYTHON) -m analysis.figures outputs/$(SCALE)
@@ -66,7 +70,7 @@ dashboard: setup  ## create or renew the W&B dashboard of all runs of the projec
 	$(PYTHON) -m experiments.dashboard $(ARGS)
 
 sweep: setup  ## one method at several ranks (METHOD=qlora RANKS=1,2,4 MODELS=llama_7b DATA=alpaca LAUNCHER=slurm)
-	$(RUN) table=sweep scale=$(SCALE) 'table.methods=[$(METHOD)]' 'table.ranks=[$(RANKS)]' 'table.data=[$(DATA)]' \
+	$(RUN) table=sweep $(AT) 'table.methods=[$(METHOD)]' 'table.ranks=[$(RANKS)]' 'table.data=[$(DATA)]' \
 	  $(if $(MODELS),'table.models=[$(MODELS)]') $(ARGS)
 
 smoke: setup  ## the whole road with a random two-layer model, in a minute or two
@@ -78,21 +82,21 @@ forecast: MODEL ?= falcon_40b
 forecast: METHOD ?= qdylora
 forecast: GPU ?= 32
 forecast: setup  ## memory of training by part, and whether it fits (MODEL=falcon_40b METHOD=qdylora GPU=32)
-	$(PYTHON) -m experiments.forecast scale=$(SCALE) model=$(MODEL) method=$(METHOD) forecast.gpu_gb=$(GPU) $(ARGS)
+	$(PYTHON) -m experiments.forecast $(AT) model=$(MODEL) method=$(METHOD) forecast.gpu_gb=$(GPU) $(ARGS)
 
-elo: ROOT ?= outputs/qlora
+elo: ROOT := $(or $(ROOT),outputs/qlora)
 elo: setup  ## QLoRA's chat tables from its released verdicts (ROOT=their folder; else its repository is cloned)
 	test -d '$(ROOT)' || git clone --quiet --depth 1 https://github.com/artidoro/qlora '$(ROOT)'
 	$(PYTHON) -m analysis.qlora_chat '$(ROOT)'
 
 tournament: setup  ## one adapter's ranks and its base against each other (CELL='data=... method=...', JUDGE=endpoint or local)
-	$(PYTHON) -m experiments.tournament scale=$(SCALE) tournament=ranks judge=$(JUDGE) $(CELL) $(ARGS)
+	$(PYTHON) -m experiments.tournament $(AT) tournament=ranks judge=$(JUDGE) $(CELL) $(ARGS)
 
 tournament-demo: setup  ## the same in minutes, judged by SmolLM2 behind transformers' own server on this machine
 	$(PYTHON) -m experiments.tournament_demo $(CELL) $(ARGS)
 
 rating-page: setup  ## a page on which people compare the tournament's answers blindly, with the keyboard
-	$(PYTHON) -m experiments.rate scale=$(SCALE) tournament=ranks $(CELL) $(ARGS)
+	$(PYTHON) -m experiments.rate $(AT) tournament=ranks $(CELL) $(ARGS)
 
 test: setup  ## the tests, on all cores
 	$(PYTHON) -m pytest --numprocesses auto --dist loadfile
@@ -119,7 +123,7 @@ bench-score: setup  ## time of scoring at seven ranks against stock lm-eval (ROO
 	MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296 $(PYTHON) -m experiments.bench_score $(ROOT)
 
 prefetch: setup  ## download what a table needs, for machines without internet (SCALE, ARGS)
-	$(PYTHON) -m experiments.prefetch scale=$(SCALE) $(ARGS)
+	$(PYTHON) -m experiments.prefetch $(AT) $(ARGS)
 
 bench-forecast: setup  ## forecast against measured peak memory, at many small settings
 	$(PYTHON) -m experiments.bench_forecast

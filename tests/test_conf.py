@@ -175,6 +175,16 @@ def test_only_a_table_that_sweeps_the_budget_names_it_in_its_cells():
     assert (again.name, again.digest) == (swept[0][1].name, swept[0][1].digest)
 
 
+def test_scale_small_is_real_data_from_the_hub_unless_a_folder_is_named_and_table_2_without_webglm(tmp_path):
+    assert (config("scale=small").source, config("scale=small").root) == ("hub", None)
+    here = config("scale=small", "source=local", f"root={tmp_path}")
+    assert (here.source, here.root) == ("local", str(tmp_path))
+    data = {name: config("scale=small", f"table={name}").table.data for name in ("table1", "table2", "table3")}
+    assert data["table1"] == ["alpaca", "oasst1", "self_instruct", "flan_v2"]
+    assert (data["table2"], data["table3"]) == (["gsm8k"], ["gsm8k", "triviaqa"])
+    assert config("scale=mini", "table=table2").table.data == ["webglm", "gsm8k"]
+
+
 def test_the_three_draws_of_the_semi_sorted_study():
     draws = {name: draw(config(f"method={name}")) for name in config("table=semi_sorted").table.methods}
     assert [d.kind for d in draws.values()] == ["uniform", "list", "geometric"]
