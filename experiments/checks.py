@@ -146,6 +146,8 @@ def _combinations(c: Config) -> Iterator[str]:
         )
     if c.method.update == "masked" and c.optim.name == "paged_adamw_8bit":
         yield "method.update is 'masked' but optim.name is 'paged_adamw_8bit'; choose a 32-bit optimizer"
+    if c.method.gate == "frozen" and c.method.draw.kind == "nested":
+        yield "method.gate is 'frozen' but method.draw.kind is 'nested', which trains all rows; choose gate: prefix"
     if c.source == "local" and (c.root is None or not Path(c.root).is_dir()):
         yield f"root is {c.root!r}; source=local needs the folder that holds the release files"
 

@@ -6,7 +6,7 @@ from qdylora.callback import DrawCallback
 from qdylora.cut import CUTS, cut
 from qdylora.draw import Draw
 from qdylora.export import export_rank, merge, merge_into
-from qdylora.gate import Gate
+from qdylora.gate import Gate, Nested
 from qdylora.llama_cpp import adapter_to_gguf, merge_into_gguf
 from qdylora.update import mask_updates
 
@@ -15,6 +15,7 @@ __all__ = [
     "Draw",
     "DrawCallback",
     "Gate",
+    "Nested",
     "RankSettings",
     "adapter_to_gguf",
     "at_rank",

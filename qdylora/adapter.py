@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qdylora.draw import Draw
-from qdylora.gate import Gate
+from qdylora.gate import Gate, Nested
 
 SETTINGS_FILE = "qdylora.json"
 
@@ -109,8 +109,8 @@ def gate_of(model: nn.Module) -> Gate:
     raise ValueError("this model has no any-rank adapter: call qdylora.attach or qdylora.load_adapter first")
 
 
-def set_rank(model: nn.Module, rank: int | Sequence[int]) -> None:
-    """Use rank b for the whole batch, or ranks[i] for row i of the batch, from now on."""
+def set_rank(model: nn.Module, rank: int | Sequence[int] | Nested) -> None:
+    """Use rank b for the whole batch, ranks[i] for row i of the batch, or `Nested` ranks, from now on."""
     gate_of(model).set_rank(rank)
 
 

@@ -8,6 +8,7 @@ from transformers import TrainerCallback
 
 from qdylora.adapter import gate_of, rank_settings
 from qdylora.draw import Draw
+from qdylora.gate import Nested
 from qdylora.update import mask_updates
 
 
@@ -58,5 +59,8 @@ class DrawCallback(TrainerCallback):
             rank_settings(model, self.draw, self.update).save(folder)
 
     def _set_rank(self, args, model: nn.Module) -> None:
+        if self.draw.kind == "nested":
+            gate_of(model).set_rank(Nested(self.draw.ranks))
+            return
         ranks = self.ranks[self._micro * args.world_size + args.process_index]
         gate_of(model).set_rank(int(ranks[0]) if self.draw.per != "sequence" else ranks.tolist())

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-KINDS = ("uniform", "list", "geometric", "fixed")
+KINDS = ("uniform", "list", "geometric", "fixed", "nested")
 PER = ("step", "process", "micro_batch", "sequence")
 
 
@@ -20,7 +20,8 @@ class Draw:
     """p_B and how often it is drawn.
 
     kind: `uniform` over r_min..r_max, `list` (uniform over `ranks`), `geometric` (p (1-p)^(b-r_min), cut to
-        r_min..r_max), `fixed` (always r_max: plain LoRA).
+        r_min..r_max), `fixed` (always r_max: plain LoRA), `nested` (nothing is drawn: every step trains the prefixes of
+        all of `ranks`, which end with r_max, see `gate.Nested`).
     per: one rank per optimizer `step` (the official DyLoRA code's way), one of its own for each data-parallel
         `process` in a step (their gradients are averaged, so draws depend on how many there are), per `micro_batch`,
         or per `sequence`.
@@ -52,6 +53,11 @@ class Draw:
                 self.kind != "list" or (self.ranks and in_range),
                 f"draw.ranks is {list(self.ranks)}; kind 'list' needs ranks from {self.r_min} to {self.r_max}",
             ),
+            (
+                self.kind != "nested" or (in_range and self.r_max in self.ranks and self.per == "step"),
+                f"draw.ranks is {list(self.ranks)} and draw.per {self.per!r}; kind 'nested' needs ranks from "
+                f"{self.r_min} to r_max {self.r_max}, which is one of them, and per = step",
+            ),
             (self.seed >= 0, f"draw.seed is {self.seed}; it must be at least 0"),
             (0 < self.p < 1, f"draw.p is {self.p}; 0 < p < 1 is needed"),
             (
@@ -75,6 +81,7 @@ class Draw:
             "list": lambda: np.bincount(self.ranks, minlength=self.r_max + 1)[1:].astype(float),
             "geometric": lambda: (1 - self.p) ** (b - self.r_min).astype(float),
             "fixed": lambda: (b == self.r_max).astype(float),
+            "nested": lambda: (b == self.r_max).astype(float),
         }[self.kind]()
         weight[: self.r_min - 1] = 0
         return weight / weight.sum()

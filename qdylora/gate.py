@@ -29,13 +29,21 @@ SCALES: dict[str, Callable[[float, int, int], float]] = {
 WORTH_SLICING = 64
 
 
+@dataclass(frozen=True)
+class Nested:
+    """All prefixes of these ranks at once, summed, each with its own scale: what MatryoshkaLoRA (arXiv 2605.07850,
+    Algorithm 1) trains. The sum is one product with a fixed diagonal: entry i is the sum of scale(b) over b >= i."""
+
+    ranks: tuple[int, ...]
+
+
 @dataclass(eq=False)
 class Gate(LoraVariant):
     """Rank, scale and gradient rule of one adapter, shared by all its LoRA layers.
 
-    `rank` is either one integer b for the whole batch, which slices A[:b] and B[:, :b] so that cost falls
-    with b, or one integer per row of the batch, which multiplies by a mask (or slices, where many neighbouring
-    tokens have one rank). All give the same numbers.
+    `rank` is one integer b for the whole batch, which slices A[:b] and B[:, :b] so that cost falls with b; or one
+    integer per row of the batch, which multiplies by a mask (or slices, where many neighbouring tokens have one
+    rank), with the same numbers; or `Nested` ranks, for training.
     `frozen` lets only row b of A and column b of B learn (DyLoRA, Eq. 10); otherwise rows 1..b learn
     (QDyLoRA, Eq. 3).
     """
@@ -44,7 +52,7 @@ class Gate(LoraVariant):
     alpha: float
     scale: str = "alpha_over_b"
     frozen: bool = False
-    rank: int | tuple[int, ...] = field(init=False)
+    rank: int | tuple[int, ...] | Nested = field(init=False)
     _masks: dict[tuple, torch.Tensor] = field(init=False, default_factory=dict, repr=False)
     _merged_at: WeakKeyDictionary = field(init=False, default_factory=WeakKeyDictionary, repr=False)
 
@@ -63,9 +71,13 @@ class Gate(LoraVariant):
             raise ValueError(f"rank must be a whole number from 1 to {self.r_max}, got {b}")
         return int(b)
 
-    def set_rank(self, rank: int | Sequence[int]) -> None:
-        """Use rank b for the whole batch, or ranks[i] for row i of the batch."""
-        if isinstance(rank, (Sequence, torch.Tensor)) and not isinstance(rank, str):
+    def set_rank(self, rank: int | Sequence[int] | Nested) -> None:
+        """Use rank b for the whole batch, ranks[i] for row i of the batch, or the sum of `Nested` ranks."""
+        if isinstance(rank, Nested):
+            if self.frozen:
+                raise ValueError("nested ranks train all rows at once, which a frozen gate does not: use frozen=False")
+            rank = Nested(tuple(self.checked(b) for b in rank.ranks))
+        elif isinstance(rank, (Sequence, torch.Tensor)) and not isinstance(rank, str):
             rank = tuple(self.checked(b) for b in rank)
         else:
             rank = self.checked(rank)
@@ -74,7 +86,7 @@ class Gate(LoraVariant):
             self._masks.clear()
 
     @contextmanager
-    def at(self, rank: int | Sequence[int]) -> Iterator[Gate]:
+    def at(self, rank: int | Sequence[int] | Nested) -> Iterator[Gate]:
         """Inside this context the model works at the given rank(s); afterwards at those it had before."""
         before = self.rank
         self.set_rank(rank)
@@ -116,11 +128,13 @@ class Gate(LoraVariant):
         x = module.lora_dropout[active_adapter](x)
         if isinstance(self.rank, tuple):
             return result + self._per_row(module, x, A, B)
+        if isinstance(self.rank, Nested):
+            return result + F.linear(F.linear(x, A) * self._diagonal(self.rank.ranks, x), B)
         return result + self._sliced(x, A, B, self.rank)
 
     def merge_safe(self, module: LoraLayer, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
         """orig_weight (out, in) plus the adapter at the current rank, as a new tensor."""
-        if isinstance(self.rank, tuple):
+        if not isinstance(self.rank, int):
             raise ValueError("merging needs one rank for the whole model: call set_rank(b) with an integer first")
         self._merged_at[module] = self.rank
         return self._plus_delta(module, active_adapter, orig_weight, self.rank, sign=1)
@@ -168,6 +182,16 @@ class Gate(LoraVariant):
         below = prefix - last
         z = F.linear(x, A) * last + F.linear(x, A.detach()) * below
         return F.linear(z * (last != 0), B) + F.linear(z * (last == 0), B.detach())
+
+    def _diagonal(self, ranks: tuple[int, ...], x: torch.Tensor) -> torch.Tensor:
+        """g of nested ranks, shape (r_max,)."""
+        key = (x.device, x.dtype)
+        if key not in self._masks:
+            prefixes = torch.zeros(self.r_max, device=x.device)
+            for b in ranks:
+                prefixes[:b] += self.scale_at(b)
+            self._masks[key] = prefixes.to(x.dtype)
+        return self._masks[key]
 
     def _mask(self, x: torch.Tensor, last_only: bool) -> torch.Tensor:
         """g per row, shape (batch, 1, ..., r_max), with as many axes as x; only entry b of it if `last_only`."""
