@@ -65,7 +65,8 @@ class Record:
         if self.done:
             return list(self.raw.get("cuts", {}))
         config = self.raw["config"]
-        static = config["method"].get("draw", {}).get("kind") == "fixed"
+        method = config["method"]
+        static = method.get("draw", {}).get("kind") == "fixed" and method.get("gate") != "adalora"
         return config.get("ranks", {}).get("cuts", []) if static else []
 
     def cut(self, how: str) -> "Record":

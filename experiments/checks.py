@@ -13,9 +13,10 @@ from experiments.chat.judging import PROMPTS as JUDGE_PROMPTS
 from experiments.chat.prompts import CHAT_FORMATS
 from experiments.data.formats import FORMATS
 from experiments.data.sources import SOURCES
-from experiments.method import draw
+from experiments.method import adapts_ranks, draw
 from experiments.mistakes import ConfigError
 from experiments.schema import Config
+from qdylora.adalora import LEAST_STEPS
 from qdylora.base import BITS
 from qdylora.cut import CUTS
 from qdylora.gate import SCALES
@@ -34,7 +35,7 @@ def _choices(c: Config) -> Iterator[str]:
         "source": (c.source, SOURCES),
         "data.name": (c.data.name, FORMATS),
         "method.bits": (c.method.bits, BITS),
-        "method.gate": (c.method.gate, ("prefix", "frozen")),
+        "method.gate": (c.method.gate, ("prefix", "frozen", "adalora")),
         "method.scale": (c.method.scale, SCALES),
         "method.update": (c.method.update, ("drift", "masked")),
         "method.quant_type": (c.method.quant_type, ("nf4", "fp4")),
@@ -148,6 +149,8 @@ def _combinations(c: Config) -> Iterator[str]:
         yield "method.update is 'masked' but optim.name is 'paged_adamw_8bit'; choose a 32-bit optimizer"
     if c.method.gate == "frozen" and c.method.draw.kind == "nested":
         yield "method.gate is 'frozen' but method.draw.kind is 'nested', which trains all rows; choose gate: prefix"
+    if adapts_ranks(c):
+        yield from _adalora(c)
     if c.source == "local" and (c.root is None or not Path(c.root).is_dir()):
         yield f"root is {c.root!r}; source=local needs the folder that holds the release files"
 
@@ -162,6 +165,17 @@ def _using(c: Config) -> Iterator[str]:
         yield f"export.ranks is {c.export.ranks}; name each rank once"
     if not c.generate.ranks:
         yield "generate.ranks is empty; name at least one rank to answer at"
+
+
+def _adalora(c: Config) -> Iterator[str]:
+    if c.method.draw.kind != "fixed":
+        yield f"method.draw.kind is {c.method.draw.kind!r}, but AdaLoRA draws no ranks; choose draw.kind: fixed"
+    if c.method.update != "drift":
+        yield f"method.update is {c.method.update!r}, but AdaLoRA draws no ranks to mask by; choose update: drift"
+    if c.ranks.eval != [c.ranks.r_max]:
+        yield f"ranks.eval is {c.ranks.eval}, but AdaLoRA has one rank; set ranks.eval=[{c.ranks.r_max}], its r_max"
+    if c.budget.steps < LEAST_STEPS:
+        yield f"budget.steps is {c.budget.steps}; AdaLoRA needs at least {LEAST_STEPS}, to cut ranks by importance"
 
 
 def _contestants(c: Config) -> Iterator[str]:

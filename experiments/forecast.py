@@ -15,11 +15,11 @@ from transformers import AutoConfig, PreTrainedConfig
 from experiments.cell import Cell, note
 from experiments.cli import command, quiet
 from experiments.files import write_json
-from experiments.method import adapter_settings, base_settings
+from experiments.method import adapted, base_settings
 from experiments.mistakes import ConfigError
 from experiments.schema import Config, MemoryForecast
 from qdylora.base import base_without_weights
-from qdylora.forecast import Forecast, Shape, Training, attach_without_weights, forecast, largest_micro_batch
+from qdylora.forecast import Forecast, Shape, Training, forecast, largest_micro_batch, without_weights
 
 GIB = 1 << 30
 LABELS = {
@@ -59,7 +59,7 @@ def usable(settings: MemoryForecast) -> int:
 def model_of(config: Config) -> PeftModel:
     """The cell's model with its adapter, without weights."""
     base = base_without_weights(architecture(config), **base_settings(config))
-    return attach_without_weights(base, **adapter_settings(config))
+    return without_weights(lambda: adapted(base, config))
 
 
 def architecture(config: Config) -> PreTrainedConfig:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
 
 from experiments.schema import Config
-from qdylora import Draw, compute_dtype
+from qdylora import Draw, attach, compute_dtype
+from qdylora.adalora import attach_adalora
 
 
 def base_settings(c: Config) -> dict[str, Any]:
@@ -31,6 +34,20 @@ def adapter_settings(c: Config) -> dict[str, Any]:
         "targets": c.method.targets,
         "dtype": getattr(torch, c.optim.adapter_dtype),
     }
+
+
+def adapted(base: PreTrainedModel, c: Config) -> PeftModel:
+    """`base` with the method's adapter, to be trained."""
+    settings = adapter_settings(c)
+    if not adapts_ranks(c):
+        return attach(base, **settings)
+    shared = {name: settings[name] for name in ("alpha", "dropout", "targets", "dtype")}
+    return attach_adalora(base, c.ranks.r_max, steps=c.budget.steps, **shared)
+
+
+def adapts_ranks(c: Config) -> bool:
+    """Whether the method is AdaLoRA, whose ranks are those that it keeps."""
+    return c.method.gate == "adalora"
 
 
 def draw(c: Config) -> Draw:

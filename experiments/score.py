@@ -24,6 +24,7 @@ from experiments.cell import Cell
 from experiments.cli import command, quiet, verdict
 from experiments.examples import prepare, release_folder
 from experiments.files import Damaged, flaws, read_json, write_json
+from experiments.method import adapts_ranks
 from experiments.mistakes import ConfigError, mistakes_in
 from experiments.monitor import sequences
 from experiments.schema import Config
@@ -65,8 +66,8 @@ def trained_adapter(cell: Cell) -> Path:
 
 
 def cuts(config: Config) -> list[str]:
-    """The ways to use the cell's adapter at a lower rank; one that was trained at all ranks has one way."""
-    static = config.method.draw.kind == "fixed"
+    """The ways to use the cell's adapter at a lower rank: one, unless it was trained at one rank and has several."""
+    static = config.method.draw.kind == "fixed" and not adapts_ranks(config)
     return [AS_TRAINED, *(how for how in config.ranks.cuts if static and how != AS_TRAINED)]
 
 

@@ -32,13 +32,14 @@ from experiments.cli import command, quiet, verdict
 from experiments.data.encode import CompletionCollator
 from experiments.examples import Examples, Ordered, order, prepare
 from experiments.files import read_json, seal, write_json
-from experiments.method import adapter_settings, base_settings, draw
+from experiments.method import adapted, adapts_ranks, base_settings, draw
 from experiments.mistakes import mistakes_in
 from experiments.monitor import Finite, HeldOutLoss, Log, ProgressBar, StopAtSignal, TokenBudget, read_log
 from experiments.schema import Config
 from experiments.signals import until_saved
 from experiments.tracker import Tracker
-from qdylora import DrawCallback, attach, load_base, load_tokenizer
+from qdylora import DrawCallback, load_base, load_tokenizer
+from qdylora.adalora import Allocate
 from qdylora.adapter import SETTINGS_FILE
 from qdylora.base import contiguous_head_input
 from qdylora.export import adapter_bytes
@@ -67,7 +68,7 @@ def train(cell: Cell) -> dict:
         tokenizer = base_tokenizer(cell)
         with mistakes_in(f"data {config.data.name}"):
             examples = prepare(config, tokenizer)
-        start = checkpoints.last_good(cell.folder / "checkpoints")
+        start = None if adapts_ranks(config) else checkpoints.last_good(cell.folder / "checkpoints")
         step = checkpoints.step_of(start) if start else 0
         if arguments.process_index == 0:
             read_log(log, up_to=step, rewrite=True)
@@ -112,9 +113,9 @@ def base_model(cell: Cell) -> PreTrainedModel:
 
 def adapted_model(cell: Cell) -> PeftModel:
     """The base with a fresh adapter."""
-    c, base = cell.config, base_model(cell)
+    base = base_model(cell)
     with mistakes_in("method.targets"):
-        return attach(base, **adapter_settings(c))
+        return adapted(base, cell.config)
 
 
 def make_trainer(cell: Cell, model: PeftModel, examples: Examples, tokenizer, arguments: TrainingArguments) -> Trainer:
@@ -132,6 +133,7 @@ def make_trainer(cell: Cell, model: PeftModel, examples: Examples, tokenizer, ar
         data_collator=CompletionCollator.of(tokenizer),
         callbacks=[
             draws,
+            *([Allocate()] if adapts_ranks(c) else []),
             checkpoints.Seal(),
             Log(cell.folder / "log.jsonl", draws),  # before HeldOutLoss, whose time is not the step's
             HeldOutLoss(c, examples.held_out),

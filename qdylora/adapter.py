@@ -14,6 +14,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
 
+from qdylora.adalora import fix_rank, is_adalora
 from qdylora.draw import Draw
 from qdylora.gate import Gate, Nested
 
@@ -76,9 +77,12 @@ def attach(
 
 
 def load_adapter(model: PreTrainedModel, folder: str | Path, *, trainable: bool = False) -> PeftModel:
-    """`model` with the any-rank adapter saved in `folder` (a training checkpoint), at rank r_max."""
+    """`model` with the adapter saved in `folder` (a training checkpoint): at rank r_max, an AdaLoRA at its only one."""
     settings = RankSettings.load(folder)
     model = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+    if is_adalora(model):
+        fix_rank(model, settings.r_max, settings.alpha)
+        return model
     _share(model, Gate(settings.r_max, settings.alpha, settings.scale, settings.frozen))
     return model
 

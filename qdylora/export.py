@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from torch import nn
 from transformers import PreTrainedModel
 
+from qdylora.adalora import adalora_bytes, is_adalora
 from qdylora.adapter import RankSettings, gate_of, load_adapter, lora_layers
 from qdylora.gate import Gate
 
@@ -26,12 +26,15 @@ def export_rank(
     The first `rank` rows are taken, which is how an any-rank adapter is used; with `svd` the best rank-b
     approximation of the whole product B A instead, which is how a careful user would cut a static adapter.
     `base` is the name to give for the base model, where the one in `source` is a path of this machine.
-    Works on files alone, without the base model. Returns `target`.
+    Works on files alone, without the base model. Returns `target`. ValueError for an AdaLoRA, which has one rank.
     """
     source, target = Path(source), Path(target)
     settings = RankSettings.load(source)
     gate = Gate(settings.r_max, settings.alpha, settings.scale)
     rank = gate.checked(rank)
+    config = json.loads((source / CONFIG_FILE).read_text())
+    if config["peft_type"] != "LORA":
+        raise ValueError(f"{source} is an {config['peft_type']} adapter of PEFT's, of one rank: use it as it is")
     weights = load_file(source / WEIGHTS_FILE)
     cut = {}
     for name_A in (name for name in weights if ".lora_A." in name):
@@ -40,7 +43,6 @@ def export_rank(
         if svd:
             A, B = svd_factors(A, B, gate.scale_at(settings.r_max), rank, gate.scale_at(rank))
         cut[name_A], cut[name_B] = A[:rank].contiguous(), B[:, :rank].contiguous()
-    config = json.loads((source / CONFIG_FILE).read_text())
     # PEFT's scale is lora_alpha / r, and lora_alpha / sqrt(r) with use_rslora.
     alpha = settings.alpha if settings.scale != "constant" else settings.alpha * rank / settings.r_max
     config |= {"r": rank, "lora_alpha": alpha} | ({"base_model_name_or_path": base} if base else {})
@@ -90,8 +92,10 @@ def merge_into(base: PreTrainedModel, adapter: str | Path, rank: int) -> PreTrai
     return model.unload()
 
 
-def adapter_bytes(model: nn.Module, rank: int) -> int:
-    """Size in bytes of the adapter's weights at `rank`."""
+def adapter_bytes(model: PeftModel, rank: int) -> int:
+    """Size in bytes of the adapter's weights at `rank`; of an AdaLoRA, of those it has kept."""
+    if is_adalora(model):
+        return adalora_bytes(model)
     return sum(
         rank * (A.in_features + B.out_features) * A.weight.element_size()
         for layer in lora_layers(model).values()

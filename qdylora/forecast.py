@@ -80,8 +80,13 @@ class Forecast:
 
 def attach_without_weights(base: PreTrainedModel, **adapter) -> PeftModel:
     """What `attach` makes of `base` (from `base_without_weights`), on the meta device, ready to be trained."""
+    return without_weights(lambda: attach(base, **adapter))
+
+
+def without_weights(attached: Callable[[], PeftModel]) -> PeftModel:
+    """The model that `attached` makes, with its adapter on the meta device, ready to be trained."""
     with torch.device("meta"):
-        model = attach(base, **adapter)
+        model = attached()
     contiguous_head_input(model)
     return model.train()
 
