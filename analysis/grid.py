@@ -24,7 +24,7 @@ from analysis.stats import (
     paired,
 )
 
-STATIC = ("lora", "qlora")  # trained at one rank; a lower rank is a truncation
+STATIC = ("lora", "qlora", "adalora")  # trained at one rank; a lower rank is a truncation
 METHODS = {
     "lora": "LoRA",
     "dylora": "DyLoRA",
@@ -32,6 +32,13 @@ METHODS = {
     "qlora:truncate_alpha_over_b": "QLoRA, alpha/b",
     "qlora:svd": "QLoRA, SVD",
     "qdylora": "QDyLoRA",
+    "qdylora-sequence": "QDyLoRA, rank per sequence",
+    "qdylora-anchored": "QDyLoRA, anchored",
+    "qdylora-sqrt": "QDyLoRA, alpha/sqrt(b)",
+    "qdylora-constant": "QDyLoRA, alpha/r",
+    "qdylora-masked": "QDyLoRA, masked Adam",
+    "matryoshka": "MatryoshkaLoRA",
+    "adalora": "AdaLoRA",
 }
 DATA = {"alpaca": "Alpaca", "oasst1": "OASST1", "self_instruct": "Self-Instruct", "flan_v2": "FLAN-v2"}  # Table 1
 DATA_NAMES = DATA | {"webglm": "WebGLM", "gsm8k": "GSM8K", "triviaqa": "TriviaQA"}

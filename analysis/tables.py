@@ -11,6 +11,7 @@ from analysis.layout import Block, Cell, Row, Table, to_csv, to_latex, to_markdo
 from analysis.notes import protocol, reading, scope
 from analysis.published import qdylora_table3, qlora_table5
 from analysis.records import Record, check_comparable
+from analysis.rivals import rivals
 from analysis.semi_sorted import semi_sorted
 from analysis.stats import DEFAULT, DIFFERENCE, Bootstrap, Estimate, best_of_ranks, mean_at
 from analysis.sweep import sweep
@@ -191,4 +192,5 @@ TABLES: dict[str, Callable[[Sequence[Record]], Table]] = {
     "table3": lambda records: table3(records, qdylora_table3()),
     "guanaco": guanaco,
     "sweep": sweep,
+    "rivals": rivals,
 }

@@ -1,7 +1,7 @@
 """A cell - one (table, model, data, method, seed, scale), and budget where a table sweeps it - its folder, and the
 files that tell how far it is.
 
-outputs/<scale>/<table>/<model>--<data>--<method>--seed<N>[--steps<N> where the table sweeps budgets]/
+outputs/<scale>/<table>/<model>--<data>--<method or variant>--seed<N>[--steps<N> where the table sweeps budgets]/
     record.json      the result; there is one only when the cell has ended
     adapter/         the trained adapter of rank r_max
     training.json    what training spent
@@ -47,7 +47,12 @@ class Cell:
         c = self.config
         rank = f"--r{c.ranks.r_max}" if c.table.ranks else ""
         steps = f"--steps{c.budget.steps}" if c.table.budgets else ""
-        return f"{c.model.name}--{c.data.name}--{c.method.name}{rank}--seed{c.seed}{steps}"
+        return f"{c.model.name}--{c.data.name}--{self.method}{rank}--seed{c.seed}{steps}"
+
+    @property
+    def method(self) -> str:
+        """What tells the cell from others of its model, data set and seed: its variant's name, or its method's."""
+        return self.config.table.variant or self.config.method.name
 
     @property
     def key(self) -> dict:
@@ -56,7 +61,7 @@ class Cell:
             "table": c.table.name,
             "model": c.model.name,
             "data": c.data.name,
-            "method": c.method.name,
+            "method": self.method,
             "seed": c.seed,
             "scale": c.scale,
         }

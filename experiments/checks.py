@@ -62,7 +62,9 @@ def _choices(c: Config) -> Iterator[str]:
 
 def _names(c: Config) -> Iterator[str]:
     groups = {"model": c.model, "data": c.data, "method": c.method, "table": c.table}
-    for name, value in {"scale": c.scale, **{f"{group}.name": part.name for group, part in groups.items()}}.items():
+    named = {"scale": c.scale, **{f"{group}.name": part.name for group, part in groups.items()}}
+    variants = {f"table.variants.{name}": name for name in c.table.variants}
+    for name, value in {**named, **variants, "table.variant": c.table.variant or "none"}.items():
         if not re.fullmatch(r"\w[\w.-]*", value, re.ASCII):
             yield f"{name} is {value!r}; as part of a file name it may have letters, digits, '.', '_' and '-'"
 

@@ -131,6 +131,7 @@ class Tasks:
 class TableSettings:
     """A table's cells: models x data x methods x seeds, names of the groups' files.
 
+    variants: instead of methods, the overrides that make each of several cells, by name. variant: the one of a cell.
     budgets: to sweep the budget too, shares of the scale's own optimizer steps. ranks: of a sweep, each trained with
     that r_max and scored at it. of: the tables whose settings a table without cells lists.
     """
@@ -141,6 +142,8 @@ class TableSettings:
     models: list[str] = field(default_factory=list)
     data: list[str] = field(default_factory=list)
     methods: list[str] = field(default_factory=list)
+    variants: dict[str, list[str]] = field(default_factory=dict)
+    variant: str | None = None
     seeds: list[int] = field(default_factory=lambda: [0])
     ranks: list[int] = field(default_factory=list)
 

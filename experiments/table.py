@@ -22,7 +22,7 @@ from experiments.cli import Unsuccessful, command
 from experiments.config import CONF, resolved
 from experiments.mistakes import mistakes_in
 from experiments.process import MALLOC, in_a_process
-from experiments.schema import Config
+from experiments.schema import Config, TableSettings
 from experiments.signals import AGAIN
 
 PATIENCE = 5.0  # seconds between looks at cells that other processes run
@@ -38,9 +38,9 @@ def cells(config: Config, overrides: list[str]) -> list[tuple[list[str], Cell]]:
     GlobalHydra.instance().clear()
     with initialize_config_dir(CONF, version_base="1.3"):
         ranks = [[f"ranks.r_max={b}", f"ranks.eval=[{b}]"] for b in table.ranks] or [[]]
-        cells_of = product(table.models, table.data, table.methods, ranks, table.seeds)
-        for model, data, method, rank, seed in cells_of:
-            own = [*overrides, f"model={model}", f"data={data}", f"method={method}", *rank, f"seed={seed}"]
+        cells_of = product(table.models, table.data, ways(table), ranks, table.seeds)
+        for model, data, way, rank, seed in cells_of:
+            own = [*overrides, f"model={model}", f"data={data}", *way, *rank, f"seed={seed}"]
             one = resolved(compose("config", overrides=own))
             for share in table.budgets:
                 swept = [*own, f"budget.steps={max(1, round(share * one.budget.steps))}"]
@@ -48,6 +48,12 @@ def cells(config: Config, overrides: list[str]) -> list[tuple[list[str], Cell]]:
             if not table.budgets:
                 found.append((own, Cell(one)))
     return found
+
+
+def ways(table: TableSettings) -> list[list[str]]:
+    """The overrides by which a table's cells of one model, data set and seed differ: its variants, or its methods."""
+    variants = [[f"table.variant={name}", *overrides] for name, overrides in table.variants.items()]
+    return variants or [[f"method={method}"] for method in table.methods]
 
 
 def run_missing(found: list[tuple[list[str], Cell]]) -> int:

@@ -121,7 +121,7 @@ def test_a_cell_of_it_is_trained_scored_and_forecast(tmp_path):
     cell = Cell(config(*overrides, f"outputs={tmp_path}/outputs"))
     record = read_json(cell.record_file)
     assert list(record["heldout"]["ranks"]) == ["8"] and record["heldout"]["untrained"]["value"] > 0
-    assert record["updates"] == [4] * 8 and "cuts" not in record
+    assert record["updates"] == [16] * 8 and "cuts" not in record
     adapter = json.loads((cell.adapter / "adapter_config.json").read_text())
     assert (adapter["peft_type"], adapter["target_r"], adapter["init_r"]) == ("ADALORA", 8, 12)
     assert forecast_of(config(*overrides)).parts["adapter"] > 0
