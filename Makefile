@@ -31,7 +31,7 @@ INSTALLED := $(VENV)/.installed-$(shell (cat requirements.lock; echo $(MODEL_PAC
 # Each is the name of a file of conf/table.
 TABLES := table1 table2 table3 table4 semi_sorted rivals
 
-.PHONY: help setup test test-faults test-slurm lint smoke $(TABLES) sweep claims samples figures report dashboard forecast elo tournament tournament-demo rating-page clean test-exact bench bench-train bench-score bench-forecast prefetch lock
+.PHONY: help setup test test-faults test-slurm lint smoke $(TABLES) sweep study claims samples figures report dashboard forecast elo tournament tournament-demo rating-page clean test-exact bench bench-train bench-score bench-forecast prefetch lock
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -74,15 +74,19 @@ sweep: setup  ## one method at several ranks (METHOD=qlora RANKS=1,2,4 MODELS=ll
 	$(RUN) table=sweep $(AT) 'table.methods=[$(METHOD)]' 'table.ranks=[$(RANKS)]' 'table.data=[$(DATA)]' \
 	  $(if $(MODELS),'table.models=[$(MODELS)]') $(ARGS)
 
+study: STUDY ?= optimizers
+study: setup  ## one setting varied, all else equal: loss, score, seconds and memory (STUDY=precision, optimizers, epochs, ...)
+	$(RUN) table=study_$(STUDY) $(AT) $(ARGS)
+
 smoke: setup  ## the whole road with a random two-layer model, in a minute or two
 	$(RUN) table=table1 scale=smoke 'table.data=[alpaca,oasst1]' $(ARGS)
 
 # A forecast needs no weights, so the paper's settings are the ones to ask about.
 forecast: SCALE := paper
 forecast: MODEL ?= falcon_40b
-forecast: METHOD ?= qdylora
+forecast: METHOD := qdylora
 forecast: GPU ?= 32
-forecast: setup  ## memory of training by part, and whether it fits (MODEL=falcon_40b METHOD=qdylora GPU=32)
+forecast: setup  ## memory of training by part, whether it fits, and hours (MODEL=falcon_40b METHOD=qdylora GPU=32)
 	$(PYTHON) -m experiments.forecast $(AT) model=$(MODEL) method=$(METHOD) forecast.gpu_gb=$(GPU) $(ARGS)
 
 elo: ROOT := $(or $(ROOT),outputs/qlora)

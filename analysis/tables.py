@@ -14,6 +14,7 @@ from analysis.records import Record, check_comparable
 from analysis.rivals import rivals
 from analysis.semi_sorted import semi_sorted
 from analysis.stats import DEFAULT, DIFFERENCE, Bootstrap, Estimate, best_of_ranks, mean_at
+from analysis.study import STUDIES, study
 from analysis.sweep import sweep
 
 __all__ = ["TABLES", "Table", "table1", "table2", "table3", "to_csv", "to_latex", "to_markdown"]
@@ -193,4 +194,5 @@ TABLES: dict[str, Callable[[Sequence[Record]], Table]] = {
     "guanaco": guanaco,
     "sweep": sweep,
     "rivals": rivals,
+    **dict.fromkeys(STUDIES, study),
 }

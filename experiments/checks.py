@@ -82,6 +82,7 @@ def _numbers(c: Config) -> Iterator[str]:
         "ranks.r_max": (c.ranks.r_max, c.ranks.r_min),
         "data.source_max_len": (c.data.source_max_len, 1),
         "data.target_max_len": (c.data.target_max_len, 1),
+        "data.rows": (c.data.rows, 1),
         "tasks.heldout_items": (c.tasks.heldout_items, 2),
         "tasks.tokens_per_batch": (c.tasks.tokens_per_batch, 64),
         "tracker.heldout_every": (c.tracker.heldout_every, 1),
@@ -111,7 +112,12 @@ def _numbers(c: Config) -> Iterator[str]:
     for name, (value, least) in at_least.items():
         if value is not None and not least <= value < inf:
             yield f"{name} is {value}; it must be at least {least}"
-    positive = {"optim.lr": c.optim.lr, "method.alpha": c.method.alpha, "forecast.gpu_gb": c.forecast.gpu_gb}
+    positive = {
+        "optim.lr": c.optim.lr,
+        "method.alpha": c.method.alpha,
+        "forecast.gpu_gb": c.forecast.gpu_gb,
+        "forecast.tflops": c.forecast.tflops,
+    }
     for name, value in positive.items():
         if value is not None and not 0 < value < inf:
             yield f"{name} is {value}; it must be a positive number"

@@ -62,4 +62,6 @@ def substance(cfg: dict) -> dict:
     kept = {key: value for key, value in cfg.items() if key not in INCIDENTAL}
     kept["model"] = {key: value for key, value in cfg["model"].items() if key != "architecture"}
     kept["tasks"] = {key: value for key, value in cfg["tasks"].items() if key not in INCIDENTAL_TASKS}
+    if kept["data"].get("rows") is None:  # as in records from before there was this key, which stay valid
+        kept["data"] = {key: value for key, value in kept["data"].items() if key != "rows"}
     return kept

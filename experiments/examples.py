@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import random
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +49,7 @@ def prepare(config: Config, tokenizer: PreTrainedTokenizerBase) -> Examples:
         [encoded for encoded in (encode(e, tokenizer, *lengths) for e in part) if encoded.supervised]
         for part in (loaded.train, loaded.held_out)
     )
+    train = _drawn(train, config)
     if len(train) < config.budget.batch:
         raise ConfigError(
             f"budget.batch is {config.budget.batch}, but {config.data.name} has only {len(train)} training rows; "
@@ -60,6 +62,18 @@ def prepare(config: Config, tokenizer: PreTrainedTokenizerBase) -> Examples:
         "mean_supervised_tokens": float(np.mean([e.supervised for e in train])),
     }
     return Examples(train, held_out, report)
+
+
+def _drawn(train: list[Encoded], config: Config) -> list[Encoded]:
+    """`data.rows` of the rows. ConfigError if there are fewer."""
+    rows = config.data.rows
+    if rows is None:
+        return train
+    if rows > len(train):
+        raise ConfigError(
+            f"data.rows is {rows}, but {config.data.name} has only {len(train)} training rows; choose fewer, or null"
+        )
+    return random.Random(0).sample(train, rows)
 
 
 def order(lengths: list[int], batches: int, batch: int, seed: int, group_by_length: bool) -> np.ndarray:

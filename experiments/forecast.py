@@ -1,7 +1,7 @@
 """Forecast a cell's training memory, without the model's weights:  make forecast MODEL=falcon_40b METHOD=qdylora GPU=32
 
-Prints bytes by part with and without activation checkpointing, whether they fit forecast.gpu_gb, and the largest
-micro-batch that does; writes the same to outputs/forecast/ as JSON.
+Prints bytes by part with and without activation checkpointing, hours of training at forecast.tflops, whether it fits
+forecast.gpu_gb, and the largest micro-batch that does; writes the same to outputs/forecast/ as JSON.
 """
 
 from __future__ import annotations
@@ -94,6 +94,11 @@ def training_of(config: Config) -> Training:
     )
 
 
+def hours(flops_per_step: int, config: Config) -> float:
+    """Of training on one GPU of the rate stated, with every row as long as the data settings allow."""
+    return flops_per_step * config.budget.steps / (config.forecast.tflops * 1e12) / 3600
+
+
 def report(config: Config) -> dict:
     """Forecasts with and without activation checkpointing, as plain values."""
     model, shape, training = model_of(config), shape_of(config), training_of(config)
@@ -107,6 +112,7 @@ def report(config: Config) -> dict:
             "pageable_bytes": memory.pageable,
             "flops_per_step": memory.flops * config.budget.batch // config.optim.micro_batch,
         }
+        found[name]["hours"] = hours(found[name]["flops_per_step"], config)
         if config.forecast.gpu_gb is not None:
             found[name] |= {
                 "fits": why_not(memory, config.forecast) is None,
@@ -116,6 +122,8 @@ def report(config: Config) -> dict:
         "cell": Cell(config).key,
         "gpu_gb": config.forecast.gpu_gb,
         "reserve_gb": config.forecast.reserve_gb,
+        "tflops": config.forecast.tflops,
+        "steps": config.budget.steps,
         "micro_batch": shape.micro_batch,
         "batch": config.budget.batch,
         "length": shape.length,
@@ -141,6 +149,7 @@ def table(r: dict) -> str:
     if any(c["pageable_bytes"] for c in columns):
         lines.append(("of it pageable to the host", *(_gib(c["pageable_bytes"]) for c in columns)))
     lines.append(("10^12 operations a step", *(f"{c['flops_per_step'] / 1e12:.1f}" for c in columns)))
+    lines.append((f"hours of training at {r['tflops']:g} of them a second", *(f"{c['hours']:.1f}" for c in columns)))
     if r["gpu_gb"] is not None:
         lines.append((f"fits {r['gpu_gb']:g} GiB less {r['reserve_gb']:g}", *(_verdict(c, r) for c in columns)))
         lines.append(("largest micro-batch", *(str(c["largest_micro_batch"]) for c in columns)))
@@ -155,7 +164,7 @@ def _title(r: dict) -> str:
     return (
         f"{cell['model']}, {cell['method']}, scale {cell['scale']}: {dtypes}, {r['optimizer']};\n"
         f"{cell['data']}: rows of up to {r['length']} tokens, logits of {r['logits']}; {r['micro_batch']} at a time, "
-        f"{r['batch']} a step; * as configured"
+        f"{r['batch']} a step, {r['steps']} steps; * as configured"
     )
 
 

@@ -60,11 +60,14 @@ class Hub:
 
 @dataclass
 class Data:
+    """rows: train on so many rows alone, drawn once for all seeds, or null for all."""
+
     name: str = MISSING
     hub: Hub = field(default_factory=Hub)
     recipe: str = "all"
     source_max_len: int = 384
     target_max_len: int = 128
+    rows: int | None = None
 
 
 @dataclass
@@ -260,10 +263,12 @@ class Tracker:
 class MemoryForecast:
     """gpu_gb: GiB of the GPU that a cell has to fit; one that cannot is recorded as out of memory without being run.
     Null: nothing is asked. reserve_gb: how much of it the driver, CUDA's context, libraries and fragmentation take, an
-    assumption."""
+    assumption. tflops: 10^12 operations a second that a GPU sustains in training, for the hours; an assumption too: about
+    a sixth of an A100's peak in bfloat16, since 4-bit weights are dequantized for every product."""
 
     gpu_gb: float | None = None
     reserve_gb: float = 1.0
+    tflops: float = 50.0
 
 
 @dataclass
