@@ -263,8 +263,8 @@ class Tracker:
 class MemoryForecast:
     """gpu_gb: GiB of the GPU that a cell has to fit; one that cannot is recorded as out of memory without being run.
     Null: nothing is asked. reserve_gb: how much of it the driver, CUDA's context, libraries and fragmentation take, an
-    assumption. tflops: 10^12 operations a second that a GPU sustains in training, for the hours; an assumption too: about
-    a sixth of an A100's peak in bfloat16, since 4-bit weights are dequantized for every product."""
+    assumption. tflops: 10^12 operations a second that training sustains on it, for the hours; an assumption too, of a
+    sixth of an A100's peak in bfloat16."""
 
     gpu_gb: float | None = None
     reserve_gb: float = 1.0
