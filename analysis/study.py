@@ -43,9 +43,9 @@ def study(records: Sequence[Record], how: Bootstrap = DEFAULT) -> Table:
         "model", "data set", "variant", "held-out loss", "above the first, percent", *(f"{t}, percent" for t in tasks),
         "steps", "seconds", "peak GiB",
     )  # fmt: skip
-    name = records[0].cell["table"].removeprefix("study_").replace("_", " ")
+    name = records[0].cell["table"].capitalize().replace("_", ": ", 1)
     notes = (*protocol(records, *tasks), *_reading(how))
-    return Table(f"Study of {name} ({scope(records)})", header, (Block("All else equal", rows),), notes)
+    return Table(f"{name} ({scope(records)})", header, (Block("All else equal", rows),), notes)
 
 
 def _place(record: Record) -> int:

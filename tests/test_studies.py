@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from analysis.records import load
+from analysis.records import Record, load
 from analysis.rivals import Rival
 from analysis.stats import Bootstrap
 from analysis.study import STUDIES, study
@@ -74,6 +74,24 @@ def test_a_key_that_is_not_asked_for_leaves_older_records_valid():
 
 def substance_of(*overrides: str) -> dict:
     return substance(Cell(config(*overrides)).plain_config)
+
+
+def test_what_ran_out_of_memory_keeps_its_row_also_as_the_first():
+    names = ("qdylora-masked", "qlora-r8", "adalora-r8")
+    variants = {"table": {"variants": {name: [] for name in names}}}
+    golden = {record.cell["method"]: record for record in load(Path(__file__).parent / "golden" / "rivals")}
+    records = [Record(golden[n].folder, golden[n].raw | {"config": golden[n].raw["config"] | variants}) for n in names]
+
+    def texts(some) -> dict[str, list[str]]:
+        (block,) = study(some, Bootstrap(resamples=50)).blocks
+        return {row.labels[-1]: [str(cell) for cell in row.cells] for row in block.rows}
+
+    lost_first, lost_last = texts(records[::-1]), texts(records[1:])
+    assert list(lost_first) == list(names)  # in the order of the configuration, whatever that of the records
+    assert lost_first["qdylora-masked"] == ["OOM", "", "", "", "", ""]
+    assert lost_first["adalora-r8"][:2] == ["1.952 ± 0.040", ""]
+    assert lost_last["qlora-r8"][1] == "" and lost_last["adalora-r8"][1].startswith("-0.82 [")
+    assert lost_last["adalora-r8"][2].startswith("50.0 (8) [")
 
 
 def test_a_study_runs_from_end_to_end(tmp_path):
