@@ -31,7 +31,7 @@ def test_every_cell_is_complete(table, count):
         assert c.method.bits == (16 if c.method.name == "dylora" else 4)
 
 
-@pytest.mark.parametrize("model", [name.replace("-", "_") for name in IDS])
+@pytest.mark.parametrize("model", ["llama_7b", "llama_13b", "falcon_40b"])  # LLaMA-2 has the shapes of LLaMA 13B
 def test_a_training_step_of_each_model_runs_without_weights_on_a_gpu_of_the_papers_size(model):
     c = config("scale=paper", "table=table1", f"model={model}", "data=alpaca", "forecast.gpu_gb=32")
     memory = forecast_of(c)
@@ -42,7 +42,7 @@ def test_a_training_step_of_each_model_runs_without_weights_on_a_gpu_of_the_pape
     weights = PARAMETERS[model][0] - embeddings * (0.5 if model == "falcon_40b" else 1)
     assert memory.flops == pytest.approx(6 * weights * 512, rel=0.1)
     per_step = memory.flops * c.budget.batch // c.optim.micro_batch
-    want = {"llama_7b": 18, "llama_13b": 35, "llama2_13b": 35, "falcon_40b": 115}[model]
+    want = {"llama_7b": 18, "llama_13b": 35, "falcon_40b": 115}[model]
     assert hours(per_step, c) == pytest.approx(want, rel=0.1)
 
 
