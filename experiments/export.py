@@ -24,6 +24,7 @@ from experiments.checks import out_of_range
 from experiments.chosen import chosen, scores
 from experiments.cli import command, quiet
 from experiments.files import new_folder
+from experiments.method import adapts_ranks
 from experiments.mistakes import ConfigError, mistakes_in
 from experiments.schema import Config, ExportSettings
 from experiments.score import trained_adapter
@@ -55,7 +56,12 @@ class Exporting:
         return self._merged if merge else self._adapter
 
     def check(self) -> None:
-        """ConfigError for a form that this base model cannot be written in."""
+        """ConfigError for an adapter that cannot be cut, or a form that this base model cannot be written in."""
+        if adapts_ranks(self.cell.config):
+            raise ConfigError(
+                "method.gate is 'adalora', whose adapter has one rank and a form of PEFT's own; "
+                f"use {self.cell.adapter} as it is"
+            )
         model = self.cell.config.model
         if self.settings.gguf and (kind := self._base_config().model_type) != "llama":
             raise ConfigError(

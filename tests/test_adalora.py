@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from transformers import Trainer, TrainingArguments
 
 from experiments.cell import Cell
+from experiments.export import Exporting
 from experiments.files import read_json
 from experiments.forecast import forecast_of
 from experiments.mistakes import ConfigError
@@ -125,3 +126,5 @@ def test_a_cell_of_it_is_trained_scored_and_forecast(tmp_path):
     adapter = json.loads((cell.adapter / "adapter_config.json").read_text())
     assert (adapter["peft_type"], adapter["target_r"], adapter["init_r"]) == ("ADALORA", 8, 12)
     assert forecast_of(config(*overrides)).parts["adapter"] > 0
+    with pytest.raises(ConfigError, match=r"method\.gate is 'adalora', whose adapter has one rank .* use .* as it is"):
+        Exporting(cell, cell.config.export).check()
