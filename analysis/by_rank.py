@@ -12,7 +12,6 @@ from analysis.grid import (
     STATIC,
     Grid,
     Run,
-    difference_support,
     key,
     mean_score,
     ordered,
@@ -22,7 +21,7 @@ from analysis.grid import (
 from analysis.layout import Block, Cell, Row, Table
 from analysis.notes import missing_models, protocol, ranks_tested, reading, scope
 from analysis.records import Record, check_comparable
-from analysis.stats import DEFAULT, Bootstrap, best_of_ranks, holm, mean_at, p_values
+from analysis.stats import DEFAULT, DIFFERENCE, Bootstrap, best_of_ranks, holm, mean_at, p_values
 
 DATA_ORDER = ("webglm", "gsm8k", "triviaqa")
 NEW = "qdylora"
@@ -130,9 +129,8 @@ def _same_rank(new: Run, run: Run, rank: int) -> Cell:
     frames = new.minus_at_same_rank(run) if run.records[0].cell["method"] != NEW else []
     if not frames or rank not in frames[0]:
         return Cell()
-    support = difference_support(run)
-    corrected = dict(zip(sorted(frames[0]), holm(p_values(frames, run.how, support=support)), strict=True))
-    cell = _no_rank(points(mean_at(frames, rank, run.how, support=support)))
+    corrected = dict(zip(sorted(frames[0]), holm(p_values(frames, run.how, support=DIFFERENCE)), strict=True))
+    cell = _no_rank(points(mean_at(frames, rank, run.how, support=DIFFERENCE)))
     return replace(cell, mark="*" if corrected[rank] < LEVEL else "")
 
 
@@ -141,10 +139,9 @@ def _to_own(method: str, new: Run, run: Run, label: str) -> Cell:
     frames = new.minus(run) if method in STATIC else []
     if not frames or (label == CHOSEN and new.chosen is None):
         return Cell()
-    support = difference_support(run)
     if label == BEST:
-        return points(best_of_ranks(frames, run.how, support=support))
-    return points(mean_at(frames, new.chosen.rank, run.how, support=support))
+        return points(best_of_ranks(frames, run.how, support=DIFFERENCE))
+    return points(mean_at(frames, new.chosen.rank, run.how, support=DIFFERENCE))
 
 
 def _optimism(columns: _Columns) -> tuple[Row, ...]:

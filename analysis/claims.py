@@ -16,7 +16,7 @@ import pandas as pd
 from scipy import stats
 
 from analysis.forecasts import forecasts
-from analysis.grid import METHODS, Grid, Run, difference_support, key
+from analysis.grid import METHODS, Grid, Run, key
 from analysis.layout import Block, Cell, Row, Table, to_csv, to_latex, to_markdown
 from analysis.records import Record, check_comparable, load
 from analysis.semi_sorted import Study
@@ -167,10 +167,9 @@ def _beats_at_every_lower_rank(name: str, pairs: Sequence[tuple[str, Run, Run]],
     lower_loss, losses = 0, 0
     for new, old in compared:
         frames = [frame.drop(columns=old.own_rank, errors="ignore") for frame in new.minus_at_same_rank(old)]
-        support = difference_support(old)
-        corrected = holm(p_values(frames, old.how, support=support))
+        corrected = holm(p_values(frames, old.how, support=DIFFERENCE))
         for rank, p in zip(sorted(frames[0]), corrected, strict=True):
-            differences.append((mean_at(frames, rank, old.how, support=support), p))
+            differences.append((mean_at(frames, rank, old.how, support=DIFFERENCE), p))
             pair = (np.mean([loss["value"] for loss in run.heldout[rank]]) for run in (new, old))
             lower_loss, losses = lower_loss + (next(pair) < next(pair)), losses + 1
     better = sum(p < LEVEL and at.value > 0 for at, p in differences)

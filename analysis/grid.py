@@ -11,9 +11,6 @@ import pandas as pd
 from analysis.layout import Cell, Row
 from analysis.records import Record, item_groups, items
 from analysis.stats import (
-    DIFFERENCE,
-    REAL,
-    UNIT,
     Best,
     Bootstrap,
     Chosen,
@@ -76,24 +73,19 @@ class Run:
     def ranks(self) -> list[int]:
         return list(next(iter(self.test.values())).columns)
 
-    @property
-    def support(self) -> tuple[float, float]:
-        """Where an item's value can lie: in 0..1, but for BLEU's pseudo-values."""
-        return REAL if self.records[0].tasks[self.task]["metric"] == "bleu" else UNIT
-
     def at(self, rank: int) -> Estimate | None:
         """The score at a rank, None where it was not scored."""
         if rank not in self.ranks:
             return None
-        return mean_at([*self.test.values()], rank, self.how, support=self.support)
+        return mean_at([*self.test.values()], rank, self.how)
 
     @cached_property
     def own(self) -> Estimate:
-        return mean_at([*self.test.values()], self.own_rank, self.how, support=self.support)
+        return mean_at([*self.test.values()], self.own_rank, self.how)
 
     @cached_property
     def best(self) -> Best:
-        return best_of_ranks([*self.test.values()], self.how, support=self.support)
+        return best_of_ranks([*self.test.values()], self.how)
 
     @cached_property
     def chosen(self) -> Chosen | None:
@@ -101,7 +93,7 @@ class Run:
         if not all(record.split(self.task, "validation") for record in self.records):
             return None
         validation = [items(record, self.task, "validation") for record in self.records]
-        return chosen_on_validation(validation, [*self.test.values()], self.how, support=self.support)
+        return chosen_on_validation(validation, [*self.test.values()], self.how)
 
     @cached_property
     def groups(self) -> pd.Series | None:
@@ -144,11 +136,6 @@ class Run:
                     f"its items average {frame[int(rank)].mean():.4f}. Delete it and run the cell again."
                 )
         return frame
-
-
-def difference_support(run: Run) -> tuple[float, float]:
-    """Where a difference of two items' values can lie."""
-    return REAL if run.support == REAL else DIFFERENCE
 
 
 class Grid:

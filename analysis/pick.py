@@ -115,9 +115,8 @@ def _outcomes(record: Record, on: str) -> Outcomes:
     about = record.tasks[on]
     metric = METRICS.get(about["metric"], about["metric"])
     frame, test = items(record, on, "validation"), items(record, on, "test")
-    support = REAL if about["metric"] == "bleu" else UNIT
     name = f"{DATA_NAMES.get(on, on.upper())} {metric}"
-    return Outcomes(name, f"{len(frame)} validation items", frame, test, about["higher_is_better"], support, 100)
+    return Outcomes(name, f"{len(frame)} validation items", frame, test, about["higher_is_better"], UNIT, 100)
 
 
 def sentence(picked: Pick) -> str:

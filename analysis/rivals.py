@@ -6,12 +6,12 @@ from functools import cached_property
 
 import pandas as pd
 
-from analysis.grid import DATA_NAMES, METHODS, difference_support, key, mean_score, ordered, percent, points
+from analysis.grid import DATA_NAMES, METHODS, key, mean_score, ordered, percent, points
 from analysis.grid import Run as Scores
 from analysis.layout import Block, Cell, Row, Table
 from analysis.notes import protocol, scope
 from analysis.records import Record, check_comparable, heldout_items
-from analysis.stats import DEFAULT, REAL, Bootstrap, mean_at, paired
+from analysis.stats import DEFAULT, DIFFERENCE, REAL, Bootstrap, mean_at, paired
 
 BASELINE = "qlora"
 SEPARATE = "QLoRA, trained at each rank"
@@ -57,7 +57,7 @@ class Rival:
         if not shared or rank not in self.scores.ranks or rank not in other.scores.ranks:
             return Cell()
         frames = [paired(mine[seed][[rank]], theirs[seed], rank) for seed in shared]
-        return points(mean_at(frames, rank, self.how, support=difference_support(self.scores)))
+        return points(mean_at(frames, rank, self.how, support=DIFFERENCE))
 
 
 class Field:

@@ -12,7 +12,7 @@ from analysis.layout import Block, Cell, Row, Table
 from analysis.notes import missing_models, protocol, scope
 from analysis.order import Change, Measure, Order, change, order
 from analysis.records import Record, check_comparable, check_same_tasks, heldout_items
-from analysis.stats import DEFAULT, REAL, Bootstrap
+from analysis.stats import DEFAULT, REAL, UNIT, Bootstrap
 
 DRAWS = {"qdylora": "uniform 1..64", "qdylora-powers": "powers of two", "qdylora-geometric": "geometric, p = 0.15"}
 COLUMNS = ("pairs out of order", "beyond noise", "best rank", "AURAC, linear", "AURAC, log2")
@@ -29,7 +29,7 @@ class Curve:
     def score(self) -> tuple[list[pd.DataFrame], dict]:
         """Benchmark outcomes by seed, and how `order` is to read them."""
         run = Run(self.records, key(self.records[0].cell["data"]), self.how)
-        return [*run.test.values()], {"higher_is_better": True, "support": run.support}
+        return [*run.test.values()], {"higher_is_better": True, "support": UNIT}
 
     @cached_property
     def loss(self) -> tuple[list[pd.DataFrame], dict]:

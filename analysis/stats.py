@@ -1,7 +1,7 @@
 """Intervals over test items and training seeds, and what choosing the best of several ranks does to a score.
 
-Input everywhere: a list of frames, one per seed, each items x ranks (`records.items`), values inside
-`support` (0..1 for accuracy, -1..1 for a difference of two). All frames of a list share items and ranks.
+Input everywhere: a list of frames, one per seed, each items x ranks (`records.items`), whose means over items lie
+inside `support` (0..1 for a score, -1..1 for a difference of two). All frames of a list share items and ranks.
 
 Two sources of noise move a mean over seeds and items:
   items  resampled with replacement, the same ones for every rank and seed (they are the same questions);
@@ -22,9 +22,9 @@ import pandas as pd
 from scipy import stats
 
 Frames = Sequence[pd.DataFrame]
-UNIT = (0.0, 1.0)  # support of an accuracy
+UNIT = (0.0, 1.0)  # support of a score
 DIFFERENCE = (-1.0, 1.0)  # and of a difference of two
-REAL = (-np.inf, np.inf)  # of a loss, or of pseudo-values
+REAL = (-np.inf, np.inf)  # of a loss
 CHUNK = 2**22  # multinomial counts held at once (32 MB)
 
 
@@ -234,8 +234,9 @@ def _stack(frames: Frames, support: tuple[float, float]) -> tuple[np.ndarray, li
         if set(other.columns) != set(ranks) or not _same_items(first, other):
             raise ValueError("the seeds of one cell were scored at different ranks or on different items")
     values = np.stack([frame.loc[first.index, ranks].to_numpy(float) for frame in frames])
-    if values.min() < support[0] or values.max() > support[1]:
-        raise ValueError(f"an item's value lies outside {support}: percent taken for fractions?")
+    means = values.mean(axis=1)  # of items alone: pseudo-values of BLEU may lie further out
+    if means.min() < support[0] - 1e-9 or means.max() > support[1] + 1e-9:
+        raise ValueError(f"a mean over items lies outside {support}: percent taken for fractions?")
     return values, ranks
 
 
