@@ -205,7 +205,8 @@ def _fits(memory: Sequence[dict]) -> Claim:
         (1 if fit else -1) * (found[at]["gpu_bytes"] - found[at]["needed_bytes"]) / GB for at, fit in wanted.items()
     )
     note = (
-        f"GB to spare at the closest of the three, negative where a part fails. Forecast peaks, GB: {needs}. Not run."
+        "GiB to spare at the closest of the three, negative where a part fails. Forecast needs, GiB, with the "
+        f"optimizer's state on the host and what is kept free of training: {needs}. Not run."
     )
     return _claim("C3", verdict, least, None, len(wanted), command, note)
 

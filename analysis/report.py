@@ -50,7 +50,7 @@ def report(folder: Path, claims: Sequence[Claim] | str, how: Bootstrap = DEFAULT
     records = [record for table in tables(folder) for record in load(table)]
     rows = {"budgets": _budgets, "cells": _cells, "data": _data, "software": _software}
     lists = [(anchor, name, caption, *rows[anchor](folder, records)) for anchor, name, caption in LISTS]
-    sections = [("claims", "Claims"), ("tables", "Tables"), ("figures", "Figures")]
+    sections = [("claims", "Claims"), ("figures", "Figures"), ("tables", "Tables")]
     page = _environment().get_template("report.html")
     return page.render(
         title=f"QDyLoRA at scale {folder.resolve().name}",
