@@ -32,6 +32,7 @@ GB = 2**30
 STATEMENTS = {
     "C1": "QDyLoRA at its best rank is at least as good as QLoRA on MMLU",
     "C2": "QDyLoRA beats truncated QLoRA at every lower rank",
+    "C2a": "QDyLoRA beats QLoRA truncated and rescaled to alpha/b at every lower rank",
     "C2b": "QDyLoRA beats QLoRA cut by SVD at every lower rank",
     "C3": "16-bit DyLoRA on a 13B model does not fit 32 GB, QDyLoRA does; Falcon-40B with ranks 1..64 fits a 32 GB GPU",
     "C4": "Ranks are semi-sorted: some higher rank is worse than a lower one",
@@ -82,6 +83,7 @@ def claims(records: Sequence[Record], memory: Sequence[dict] = (), how: Bootstra
     return [
         _at_least_as_good(tables["table1"], "make table1" + scale, how),
         _beats_at_every_lower_rank("C2", by_rank, BASE, "make table2 table3" + scale),
+        _beats_at_every_lower_rank("C2a", by_rank, f"{BASE}:truncate_alpha_over_b", "make table2" + scale),
         _beats_at_every_lower_rank("C2b", by_rank, f"{BASE}:svd", "make table2" + scale),
         _fits(memory),
         _semi_sorted(study, "make semi_sorted" + scale),
