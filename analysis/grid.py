@@ -31,6 +31,7 @@ METHODS = {
     "qdylora": "QDyLoRA",
     "qdylora-sequence": "QDyLoRA, rank per sequence",
     "qdylora-anchored": "QDyLoRA, anchored",
+    "qdylora-anchored-sqrt": "QDyLoRA, anchored, alpha/sqrt(b)",
     "qdylora-sqrt": "QDyLoRA, alpha/sqrt(b)",
     "qdylora-constant": "QDyLoRA, alpha/r",
     "qdylora-masked": "QDyLoRA, masked Adam",

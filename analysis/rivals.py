@@ -65,8 +65,9 @@ class Field:
 
     def __init__(self, records: Sequence[Record], how: Bootstrap) -> None:
         found: dict[tuple[str, int], list[Record]] = {}
-        for record in sorted(records, key=lambda record: record.cell["seed"]):
-            found.setdefault((record.raw["config"]["method"]["name"], record.r_max), []).append(record)
+        every = [*records, *(record.cut(cut) for record in records for cut in record.cuts)]
+        for record in sorted(every, key=lambda record: record.cell["seed"]):
+            found.setdefault((_method(record), record.r_max), []).append(record)
         rivals = {at: Rival(tuple(some), how) for at, some in found.items()}
         self.separate = {rank: rival for (method, rank), rival in rivals.items() if method == BASELINE}
         names = ordered({method for method, _ in rivals}, list(METHODS))
@@ -153,6 +154,12 @@ def _score(field: Field, rival: Rival, rank: int) -> Cell:
 
 def _score_over(field: Field, rival: Rival, rank: int) -> Cell:
     return field.over_separate(Rival.score_over, rank, rival)
+
+
+def _method(record: Record) -> str:
+    """The method's name, and after a colon the way its adapter was cut, if it is not plainly truncated."""
+    _, colon, cut = record.cell["method"].partition(":")
+    return record.raw["config"]["method"]["name"] + colon + cut
 
 
 def _name(method: str, rival: Rival) -> str:

@@ -91,7 +91,7 @@ def test_the_cells_of_the_table_are_told_by_their_variants():
     overrides = ["scale=smoke", "table=rivals"]
     found = cells(config(*overrides), overrides)
     assert [cell.method for _, cell in found] == list(config(*overrides).table.variants)
-    assert len({cell.name for _, cell in found}) == len({cell.digest for _, cell in found}) == len(found) == 11
+    assert len({cell.name for _, cell in found}) == len({cell.digest for _, cell in found}) == len(found) == 12
     trained = {
         cell.method: (cell.config.method.name, cell.config.ranks.r_max, cell.config.ranks.eval) for _, cell in found
     }
@@ -108,3 +108,12 @@ def test_the_cells_of_the_table_are_told_by_their_variants():
 def test_a_variant_s_name_is_part_of_a_file_name():
     with pytest.raises(ConfigError, match=r"table\.variant is 'a/b'; as part of a file name"):
         config("scale=smoke", "table.variant=a/b")
+
+
+def test_qlora_is_shown_in_every_way_its_adapter_was_cut():
+    table2 = [record for record in load(GOLDEN / "table2") if record.cell["data"] == "gsm8k"]
+    shown = rivals(table2, HOW)
+    svd = json.loads((next(r for r in table2 if r.cuts).folder / "record.json").read_text())["cuts"]["svd"]
+    for rank, cell in row(shown, "Held-out loss ±", "QLoRA, SVD").items():
+        assert cell.value == svd["heldout"]["ranks"][str(rank)]["value"]
+    assert row(shown, "Held-out loss ±", "QLoRA, alpha/b")[8].value is not None
