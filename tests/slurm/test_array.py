@@ -125,7 +125,9 @@ def test_requeued_by_hand(slurm, tmp_path, undisturbed):
 
 def test_preempted(slurm, tmp_path, undisturbed):
     job = started(slurm, tmp_path, "cluster.partition=low", "cluster.cpus=2")
-    urgent = slurm.run("sbatch", "--parsable", "--partition=high", "--cpus-per-task=2", "--wrap=sleep 1")
+    urgent = slurm.run(
+        "sbatch", "--parsable", "--partition=high", "--cpus-per-task=2", "--output=/dev/null", "--wrap=sleep 1"
+    )
     assert urgent.returncode == 0, urgent.stderr
     assert_ends_as(undisturbed, tmp_path)
     assert restarts(slurm, job) == 1 and states(slurm, urgent.stdout.strip()) == "COMPLETED"
