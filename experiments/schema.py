@@ -8,8 +8,6 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
-from experiments.chat.prompts import OWN_PROMPTS
-
 
 @dataclass
 class Model:
@@ -171,13 +169,13 @@ class Contestant:
 
 @dataclass
 class TournamentSettings:
-    """contestants: by name. prompts: JSON lines, see `experiments.chat.prompts`, by default a few of our own, the first
-    `limit` of them. format: how a prompt is put to the models, `auto` by the data set trained on. Nucleus sampling as
-    QLoRA's. human_matches: pairs of answers on the page for human raters."""
+    """contestants: by name. prompts: JSON lines, see `experiments.chat.prompts`, or null for a few of our own; the
+    first `limit` of them. format: how a prompt is put to the models, `auto` by the data set trained on. Nucleus
+    sampling as QLoRA's. human_matches: pairs of answers on the page for human raters."""
 
     name: str = MISSING
     contestants: dict[str, Any] = field(default_factory=dict)  # of Contestant, see `config.resolved`
-    prompts: str = str(OWN_PROMPTS)
+    prompts: str | None = None
     limit: int | None = None
     format: str = "auto"
     temperature: float = 0.7

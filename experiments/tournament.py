@@ -25,7 +25,7 @@ from experiments.chat.asking import about, ask_all, estimate, report
 from experiments.chat.judges import Endpoint, Local, api_key
 from experiments.chat.matches import Match, Verdicts, schedule
 from experiments.chat.page import human_verdicts
-from experiments.chat.prompts import load_named
+from experiments.chat.prompts import OWN_PROMPTS, load_named
 from experiments.cli import command, quiet
 from experiments.files import write_json
 from experiments.schema import Config
@@ -38,7 +38,7 @@ def folder(config: Config) -> Path:
 def matches(cell: Cell) -> list[Match]:
     """The tournament's matches, with the contestants' answers, which are generated if they are not there yet."""
     t = cell.config.tournament
-    prompts = load_named("tournament.prompts", t.prompts, t.limit)
+    prompts = load_named("tournament.prompts", t.prompts or str(OWN_PROMPTS), t.limit)
     return schedule(prompts, Answers(cell, folder(cell.config) / "answers", prompts).all())
 
 
