@@ -18,7 +18,10 @@ Naming = Callable[[Record], str]
 
 def label(method: str) -> str:
     """A method's name for readers."""
-    return METHODS.get(method, method)
+    if method in METHODS:
+        return METHODS[method]
+    variant, colon, cut = method.partition(":")  # of a table whose cells are variants, which have names of their own
+    return variant + METHODS.get(f"qlora:{cut}", cut).removeprefix("QLoRA") if colon else variant
 
 
 @dataclass(frozen=True)
