@@ -31,7 +31,7 @@ INSTALLED := $(VENV)/.installed-$(shell (cat requirements.lock; echo $(MODEL_PAC
 # Each is the name of a file of conf/table.
 TABLES := table1 table2 table3 table4 semi_sorted rivals
 
-.PHONY: help setup test test-faults test-slurm lint smoke $(TABLES) sweep study claims samples figures report dashboard forecast elo tournament tournament-demo rating-page clean test-exact bench bench-train bench-score bench-forecast prefetch lock
+.PHONY: help setup test test-faults test-slurm lint smoke $(TABLES) sweep study claims samples figures report keep dashboard forecast elo tournament tournament-demo rating-page clean test-exact bench bench-train bench-score bench-forecast prefetch lock
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -66,6 +66,11 @@ figures: setup  ## the figures of all that has run at SCALE, as SVG and PNG
 
 report: setup  ## one static page of all that has run at SCALE: outputs/SCALE/report.html
 	$(PYTHON) -m analysis.report outputs/$(SCALE)
+
+keep: setup  ## copy the results of SCALE to experiments/results, with their report
+	$(PYTHON) -m experiments.keep scale=$(SCALE) $(ARGS)
+	$(PYTHON) -m analysis.figures experiments/results/$(SCALE)
+	$(PYTHON) -m analysis.report experiments/results/$(SCALE)
 
 dashboard: setup  ## create or renew the W&B dashboard of all runs of the project; needs `wandb login`
 	$(PYTHON) -m experiments.dashboard $(ARGS)

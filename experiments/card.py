@@ -6,18 +6,11 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from analysis.grid import DATA_NAMES
-from analysis.layout import Block, Row, Table, to_markdown
-from analysis.layout import Cell as Number
-from analysis.notes import amounts
-from analysis.records import Record
-from analysis.records import read as read_record
 from experiments.cell import Cell
 from experiments.files import read_json
 from experiments.schema import Config, ExportSettings, Model
 from qdylora import Gate
 
-MIB = 1 << 20
 PUBLIC = re.compile(r"package:\w+|\w[\w.-]*(/[\w.-]+)?", re.ASCII)  # of a package, or the hub's
 
 
@@ -26,18 +19,18 @@ def public_name(model: Model) -> str:
     return model.id if PUBLIC.fullmatch(model.id) and not Path(model.id).exists() else model.name
 
 
-def card(cell: Cell, rank: int, settings: ExportSettings, why: str) -> str:
-    """Markdown with the front matter that the Hugging Face hub reads. `why`: a sentence on the choice of the rank."""
+def card(cell: Cell, rank: int, settings: ExportSettings, why: str, scores: str | None) -> str:
+    """Markdown with the front matter that the Hugging Face hub reads. `why`: a sentence on the choice of the rank.
+    `scores`: a table of all ranks, None if the cell was not scored."""
     c = cell.config
     spent = read_json(cell.folder / "training.json")
-    record = read_record(cell.record_file) if cell.record_file.is_file() else None
     parts = [
         _front_matter(c, settings),
         f"# {cell.name}, rank {rank}",
         f"{_what(c, rank, settings)} {why}".strip(),
         _facts(c, rank, spent),
         "## Use\n\n" + _use(c, settings),
-        _scores(record) if record and record.done else "## Scores\n\nIt was trained, but not scored.\n",
+        scores or "## Scores\n\nIt was trained, but not scored.\n",
         "## Licence\n\n" + _licence(c),
     ]
     return "\n\n".join(part.strip() for part in parts) + "\n"
@@ -74,11 +67,12 @@ def _facts(c: Config, rank: int, spent: dict) -> str:
     data = spent["data"]
     scale = Gate(c.ranks.r_max, c.method.alpha, c.method.scale).scale_at(rank)
     source = {"hub": c.data.hub.id, "generated": "tasks generated from facts", "local": "release files"}[c.source]
-    seconds = spent["budget"]["spent"]["seconds"]
+    budget = spent["budget"]["spent"]
+    amounts = ", ".join(f"{budget[unit]:,} {unit}" for unit in ("steps", "examples", "tokens"))
     rows = {
         "base model": f"{public_name(c.model)}, {c.method.bits} bits while training",
         "data": f"{c.data.name} ({source}), sha256 {data['sha256'][:12]}",
-        "budget spent": f"{amounts([spent['budget']['spent']])}, {seconds:,.0f} seconds",
+        "budget spent": f"{amounts}, {budget['seconds']:,.0f} seconds",
         "rank, scale": f"{rank}, {scale:g} (alpha {c.method.alpha:g})",
         "seed": c.seed,
     }
@@ -123,33 +117,6 @@ def _base_lines(c: Config) -> Iterator[str]:
 
 def _python(*lines: str) -> str:
     return "\n".join(["```python", *lines, "```"])
-
-
-def _scores(record: Record) -> str:
-    """Every rank that was scored: held-out loss, the benchmarks' validation and test scores, the adapter's size."""
-    splits = [(task, split) for task, about in record.tasks.items() for split in about["splits"]]
-    header = ("rank", "held-out loss", *(f"{DATA_NAMES.get(t, t.upper())}, {split}" for t, split in splits), "MiB")
-    loss = record.raw["heldout"]["ranks"]
-    rows = []
-    for rank in sorted(loss, key=int):
-        size = record.adapter_bytes.get(int(rank))
-        scores = [_percent(record, task, split, rank) for task, split in splits]
-        numbers = (Number(loss[rank]["value"], error=loss[rank]["stderr"], digits=3), *scores)
-        rows.append(Row((rank,), (*numbers, Number() if size is None else Number(size / MIB, digits=2))))
-    title = "Losses in nats a token, scores in percent, ± one standard error; the adapter's size"
-    notes = tuple(_notes(record))
-    return to_markdown(Table("Scores by rank", header, (Block(title, tuple(rows)),), notes))
-
-
-def _percent(record: Record, task: str, split: str, rank: str) -> Number:
-    score, unit = record.split(task, split)["ranks"][rank], 100 / record.unit(task)
-    return Number(unit * score["value"], error=None if score["stderr"] is None else unit * score["stderr"])
-
-
-def _notes(record: Record) -> Iterator[str]:
-    for task, about in record.tasks.items():
-        sizes = ", ".join(f"{result['n']} {split} items" for split, result in about["splits"].items())
-        yield f"{task}: {about['metric']}, {about['num_fewshot']}-shot; {sizes}."
 
 
 def _licence(c: Config) -> str:

@@ -32,6 +32,7 @@ from experiments.files import Damaged, read_json, write_json
 from experiments.schema import Config
 
 SCHEMA = 1
+FOLDERS = ("root", "outputs")
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "lm_eval", "numpy")
 
 
@@ -94,6 +95,11 @@ class Cell:
         return json.loads(json.dumps(asdict(self.config)))
 
     @property
+    def portable_config(self) -> dict:
+        """`plain_config` without the folders of this machine, for what is read elsewhere."""
+        return {key: value for key, value in self.plain_config.items() if key not in FOLDERS}
+
+    @property
     def digest(self) -> str:
         """Changes when, and only when, the configuration asks for other results."""
         return hashlib.sha256(json.dumps(substance(self.plain_config), sort_keys=True).encode()).hexdigest()[:12]
@@ -149,7 +155,7 @@ class Cell:
             "status": status,
             "reason": reason,
             "digest": self.digest,
-            "config": self.plain_config,
+            "config": self.portable_config,
             **environment(),
             **({"budget": {"asked": self.budget}, "peak_memory_bytes": peak_memory()} if status != "done" else {}),
             **results,

@@ -9,12 +9,10 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from analysis.records import Record
-from analysis.records import read as read_record
 from experiments.cell import Cell, differences
 from experiments.config import resolved, substance
 from experiments.files import read_json
-from experiments.mistakes import ConfigError, mistakes_in
+from experiments.mistakes import ConfigError
 from experiments.schema import Config
 
 
@@ -37,18 +35,6 @@ def chosen(config: Config, group: str) -> Cell:
             f"repeat its overrides, or name it with cell={cell.folder}"
         )
     return cell
-
-
-def scores(config: Config, group: str) -> Record:
-    """The record of the cell that the command works on. ConfigError unless it has been scored."""
-    here = folder(config, group)
-    if not (here / "record.json").is_file():
-        raise ConfigError(f"{here} has no record.json: its adapter has not been scored; run experiments.run first")
-    with mistakes_in(f"the record of {here.name}"):
-        record = read_record(here / "record.json")
-    if not record.done:
-        raise ConfigError(f"{record.name} has no scores: it ended with status {record.raw['status']}; run it again")
-    return record
 
 
 def folder(config: Config, group: str) -> Path:

@@ -17,15 +17,19 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig
 
+from analysis.layout import to_markdown
 from analysis.pick import Distance, pick, sentence
+from analysis.records import read as read_record
+from analysis.scores import scores
 from experiments.card import card, public_name
 from experiments.cell import Cell, note
 from experiments.checks import out_of_range
-from experiments.chosen import chosen, scores
+from experiments.chosen import chosen
 from experiments.cli import command, quiet
 from experiments.files import new_folder
 from experiments.method import adapts_ranks
 from experiments.mistakes import ConfigError, mistakes_in
+from experiments.pick import scored
 from experiments.schema import Config, ExportSettings
 from experiments.score import trained_adapter
 from experiments.train import base_id, base_model, base_tokenizer
@@ -46,7 +50,13 @@ class Exporting:
         """The folder `target` with the adapter at `rank`; `why` that rank goes to its card."""
         with new_folder(target) as draft:
             self.form(rank, draft)
-            (draft / "README.md").write_text(card(self.cell, rank, self.settings, why), encoding="utf-8")
+            (draft / "README.md").write_text(card(self.cell, rank, self.settings, why, self.scores), encoding="utf-8")
+
+    @property
+    def scores(self) -> str | None:
+        """The table of all ranks for the card, None if the cell was not scored."""
+        record = read_record(self.cell.record_file) if self.cell.record_file.is_file() else None
+        return to_markdown(scores(record)) if record and record.done else None
 
     @property
     def form(self) -> Callable[[int, Path], None]:
@@ -108,7 +118,7 @@ def asked(config: Config, cell: Cell) -> dict[int, str]:
     settings = config.export
     if settings.rank in (None, "best") and not settings.ranks:
         with mistakes_in("rank is 'best'"):
-            picked = pick(scores(config, OPTIONS), Distance(0, share=True))
+            picked = pick(scored(config, OPTIONS), Distance(0, share=True))
         return {picked.rank: sentence(picked)}
     ranks = settings.ranks or [settings.rank]
     for complaint in out_of_range("export.rank", ranks, cell.config):

@@ -7,17 +7,31 @@ from __future__ import annotations
 
 from analysis.layout import to_markdown
 from analysis.pick import Distance, pick, sentence, table
-from experiments.chosen import scores
+from analysis.records import Record
+from analysis.records import read as read_record
+from experiments.chosen import folder
 from experiments.cli import command
-from experiments.mistakes import mistakes_in
+from experiments.mistakes import ConfigError, mistakes_in
 from experiments.schema import Config
 
 OPTIONS = "pick"
 
 
+def scored(config: Config, group: str) -> Record:
+    """The record of the cell that the command works on. ConfigError unless it has been scored."""
+    here = folder(config, group)
+    if not (here / "record.json").is_file():
+        raise ConfigError(f"{here} has no record.json: its adapter has not been scored; run experiments.run first")
+    with mistakes_in(f"the record of {here.name}"):
+        record = read_record(here / "record.json")
+    if not record.done:
+        raise ConfigError(f"{record.name} has no scores: it ended with status {record.raw['status']}; run it again")
+    return record
+
+
 def main(config: Config) -> None:
     with mistakes_in("pick"):
-        picked = pick(scores(config, OPTIONS), Distance.parse(config.pick.within), config.pick.on)
+        picked = pick(scored(config, OPTIONS), Distance.parse(config.pick.within), config.pick.on)
     print(f"{sentence(picked)}\n\n{to_markdown(table(picked))}")
 
 

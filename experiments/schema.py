@@ -168,19 +168,25 @@ class Contestant:
 
 
 @dataclass
-class TournamentSettings:
-    """contestants: by name. prompts: JSON lines, see `experiments.chat.prompts`, or null for a few of our own; the
-    first `limit` of them. format: how a prompt is put to the models, `auto` by the data set trained on. Nucleus
-    sampling as QLoRA's. human_matches: pairs of answers on the page for human raters."""
+class Answering:
+    """How prompts are answered. prompts: a file, JSON lines, see `experiments.chat.prompts`. format: how a prompt is
+    put to a model, `auto` by the data set trained on, `chat` by the tokenizer's template. Sampled as in QLoRA."""
 
-    name: str = MISSING
-    contestants: dict[str, Any] = field(default_factory=dict)  # of Contestant, see `config.resolved`
     prompts: str | None = None
-    limit: int | None = None
     format: str = "auto"
     temperature: float = 0.7
     top_p: float = 0.9
     max_new_tokens: int = 512
+
+
+@dataclass
+class TournamentSettings(Answering):
+    """contestants: by name. They answer the first `limit` of the prompts, by default a few of our own. human_matches:
+    pairs of answers on the page for human raters."""
+
+    name: str = MISSING
+    contestants: dict[str, Any] = field(default_factory=dict)  # of Contestant, see `config.resolved`
+    limit: int | None = None
     batch: int = 16
     human_matches: int = 50
 
@@ -221,17 +227,11 @@ class ExportSettings:
 
 
 @dataclass
-class GenerateSettings:
-    """Prompts answered side by side (`experiments.generate`). cell: as in ExportSettings. prompts: a file, JSON lines
-    (see `experiments.chat.prompts`); else they are read from the terminal. format: how a prompt is put to the model,
-    `auto` by the data set trained on, `chat` by the tokenizer's template."""
+class GenerateSettings(Answering):
+    """Prompts answered side by side (`experiments.generate`), by default those typed. cell: as in ExportSettings."""
 
     cell: str | None = None
     ranks: list[int] = field(default_factory=lambda: [1, 8, 64])
-    prompts: str | None = None
-    format: str = "auto"
-    temperature: float = 0.7
-    top_p: float = 0.9
     max_new_tokens: int = 256
     sampling_seed: int = 0
 

@@ -55,7 +55,7 @@ class CellRun:
             group=f"{c.scale}/{c.table.name}",
             job_type=cell.name.replace(f"--seed{c.seed}", ""),
             tags=[c.scale, c.table.name, c.model.name, c.data.name, c.method.name, f"seed{c.seed}"],
-            config=cell.plain_config,
+            config=cell.portable_config,
             dir=str(folder),
             settings=wandb.Settings(console="off", finish_timeout=UPLOAD),
         )

@@ -194,7 +194,6 @@ def _from_files(name: str, folder: Path, errors: RowErrors) -> tuple[list[Exampl
         for_validation = 0
     found = [example for examples in parsed for example in examples]
     origin = {
-        "root": str(folder),
         "files": {path.relative_to(folder).as_posix(): sha256(path) for path in files},
         "rows": errors.rows,
         "kept_for_validation": for_validation,
