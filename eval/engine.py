@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from eval.decode import Decoding
 from eval.memory import free_memory, kv_bytes
-from eval.plan import Row, Tokens, batches, divide, group_by_trunk, join, lay_out, pack
+from eval.merge import merged, worth_merging
+from eval.plan import Plan, Row, Tokens, batches, group_by_trunk, plans
 from eval.prefix import PrefixCache, causal, forward, shared_prefix_attention
 from qdylora import gate_of
 
@@ -52,17 +53,17 @@ class AllRanks:
     def loglikelihood(self, pairs: Sequence[Pair], what: str = "scoring") -> tuple[np.ndarray, np.ndarray]:
         """For (context, continuation) token pairs: the continuation's summed log-probability and whether it is
         the greedy one, two arrays (pairs, ranks). Contexts and continuations need at least one token each."""
-        requests: dict[Tokens, list[int]] = {}
-        for i, (context, _) in enumerate(pairs):
-            requests.setdefault(tuple(context), []).append(i)
-        contexts = list(requests)
         logps = np.zeros((len(pairs), len(self.ranks)))
         greedy = np.zeros((len(pairs), len(self.ranks)), dtype=bool)
+        pairs = [(tuple(context), tuple(continuation)) for context, continuation in pairs]
+        groups = plans(pairs)
         with self._running(len(pairs) * len(self.ranks), what, "request") as bar:
-            for group in group_by_trunk(contexts):
-                members = [(contexts[i], requests[contexts[i]]) for i in group.members]
-                for sums, best, at in self._retrying(self._score_group, bar, group.trunk, members, pairs):
-                    logps[at], greedy[at] = sums, best
+            for ranks, weights in self._shares():
+                with weights:
+                    for group in groups:
+                        for block in self._rank_blocks(len(group.trunk), ranks):
+                            for sums, best, at in self._retrying(self._score_group, bar, group, block, pairs):
+                                logps[at], greedy[at] = sums, best
         return logps, greedy
 
     def generate(
@@ -91,26 +92,23 @@ class AllRanks:
         """Float32 logits (rows, vocabulary) of hidden states (rows, hidden)."""
         return self.base.get_output_embeddings()(hidden).float()
 
-    def _score_group(self, bar, trunk: Tokens, members: list[tuple[Tokens, list[int]]], pairs: Sequence[Pair]):
-        """(log-probabilities, greedy flags, where they belong) for the requests of contexts behind one trunk."""
-        members = [
-            (context, [requests[k] for k in part])
-            for context, requests in members
-            for part in divide(len(context) - len(trunk), [tuple(pairs[j][1]) for j in requests])
-        ]
-        single = [lay_out(c, len(trunk), [tuple(pairs[j][1]) for j in requests]) for c, requests in members]
-        packs = pack([len(row.tokens) for row in single])
-        rows = [join([single[k] for k in together]) for together in packs]
-        requests_of = [[j for k in together for j in members[k][1]] for together in packs]
+    def _shares(self) -> Iterator[tuple[list[int], AbstractContextManager]]:
+        """Indices of ranks that a pass may hold together, and the weights to have meanwhile: each rank by itself,
+        merged into the base, or all of them behind the gate."""
+        if worth_merging(self.model):
+            return (([k], merged(self.model, rank)) for k, rank in enumerate(self.ranks))
+        return iter([(list(range(len(self.ranks))), nullcontext())])
+
+    def _score_group(self, bar, group: Plan, block: list[int], pairs: Sequence[Pair]):
+        """(log-probabilities, greedy flags, where they belong) for requests behind one trunk, at a block of ranks."""
         results = []
-        for block in self._rank_blocks(len(trunk)):
-            cache = self._trunk(trunk, block)
-            for batch in batches([len(row.tokens) for row in rows], len(block), self.budget):
-                requests = [j for k in batch for j in requests_of[k]]
-                targets = [tuple(pairs[j][1]) for j in requests]
-                scored = self._score_rows(cache, [rows[k] for k in batch], targets, block)
-                results.append((*scored, np.ix_(requests, block)))
-                self._tick(bar, len(requests) * len(block))
+        cache = self._trunk(group.trunk, block)
+        for batch in batches([len(row.tokens) for row in group.rows], len(block), self.budget):
+            requests = [j for k in batch for j in group.requests[k]]
+            targets = [pairs[j][1] for j in requests]
+            scored = self._score_rows(cache, [group.rows[k] for k in batch], targets, block)
+            results.append((*scored, np.ix_(requests, block)))
+            self._tick(bar, len(requests) * len(block))
         return results
 
     def _score_rows(self, cache: PrefixCache, rows: list[Row], targets: list[Tokens], block: list[int]):
@@ -143,7 +141,7 @@ class AllRanks:
 
     def _generate_group(self, bar, group, prompts, max_new_tokens, stops) -> dict[tuple[int, int], list[int]]:
         answers = {}
-        for block in self._rank_blocks(len(group.trunk)):
+        for block in self._rank_blocks(len(group.trunk), list(range(len(self.ranks)))):
             own = max(len(prompts[i]) for i in group.members) - len(group.trunk) + max_new_tokens
             waiting = [((i, k), prompts[i][len(group.trunk) :]) for i in group.members for k in block]
             rows = min(len(waiting), self._decoding_rows(own))
@@ -168,10 +166,10 @@ class AllRanks:
                 self.forward(cache, ids, positions, causal(len(trunk), device), block)
         return cache
 
-    def _rank_blocks(self, trunk: int) -> list[list[int]]:
+    def _rank_blocks(self, trunk: int, ranks: list[int]) -> list[list[int]]:
         """Indices of ranks that go together, so that their trunks fit the budget."""
         size = max(1, self.budget // max(trunk, 256))
-        return [list(range(i, min(i + size, len(self.ranks)))) for i in range(0, len(self.ranks), size)]
+        return [ranks[i : i + size] for i in range(0, len(ranks), size)]
 
     def _retrying(self, work: Callable, bar: tqdm, *args):
         """work(bar, *args), again with half the budget whenever memory runs out."""

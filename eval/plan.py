@@ -156,3 +156,39 @@ def batches(lengths: Sequence[int], rows_each: int, budget: int) -> list[list[in
             longest = max(lengths[i], 1)
             result.append([i])
     return result
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Requests whose contexts share a trunk. requests: of each row, whose reads score them in this order."""
+
+    trunk: Tokens
+    rows: list[Row]
+    requests: list[list[int]]
+
+
+def plans(pairs: Sequence[tuple[Tokens, Tokens]]) -> list[Plan]:
+    """How to score (context, continuation) token pairs: every shared trunk and every context once."""
+    by_context: dict[Tokens, list[int]] = {}
+    for i, (context, _) in enumerate(pairs):
+        by_context.setdefault(context, []).append(i)
+    contexts = list(by_context)
+    return [
+        _plan(group.trunk, {contexts[i]: by_context[contexts[i]] for i in group.members}, pairs)
+        for group in group_by_trunk(contexts)
+    ]
+
+
+def _plan(trunk: Tokens, requests_of: dict[Tokens, list[int]], pairs: Sequence[tuple[Tokens, Tokens]]) -> Plan:
+    rows, requests = [], []
+    for context, asked in requests_of.items():
+        continuations = [pairs[j][1] for j in asked]
+        for part in divide(len(context) - len(trunk), continuations):
+            rows.append(lay_out(context, len(trunk), [continuations[k] for k in part]))
+            requests.append([asked[k] for k in part])
+    packs = pack([len(row.tokens) for row in rows])
+    return Plan(
+        trunk,
+        [join([rows[k] for k in together]) for together in packs],
+        [[j for k in together for j in requests[k]] for together in packs],
+    )

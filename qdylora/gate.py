@@ -137,7 +137,7 @@ class Gate(LoraVariant):
         if not isinstance(self.rank, int):
             raise ValueError("merging needs one rank for the whole model: call set_rank(b) with an integer first")
         self._merged_at[module] = self.rank
-        return self._plus_delta(module, active_adapter, orig_weight, self.rank, sign=1)
+        return self.plus_delta(module, active_adapter, orig_weight, self.rank)
 
     def merge_unsafe(self, module: LoraLayer, active_adapter: str, orig_weight: torch.Tensor) -> None:
         """As `merge_safe`, in place. PEFT calls this one by default; without it nothing would be merged."""
@@ -145,20 +145,21 @@ class Gate(LoraVariant):
 
     def unmerge(self, module: LoraLayer, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
         """The weight without the adapter, at the rank it was merged at, whatever the gate says now."""
-        return self._plus_delta(module, active_adapter, orig_weight, self._merged_at.pop(module), sign=-1)
+        return self.plus_delta(module, active_adapter, orig_weight, self._merged_at.pop(module), sign=-1)
 
     # ---------------------------------------------------------------------------------------------------
 
-    def delta(self, module: LoraLayer, adapter: str, b: int) -> torch.Tensor:
-        """scale(b) B[:, :b] A[:b], shape (out, in), in float32 or wider."""
-        A, B = (p.detach() for p in _factors(module, adapter))
-        wide = torch.promote_types(A.dtype, torch.float32)
-        product = self.scale_at(b) * (B[:, :b].to(wide) @ A[:b].to(wide))
-        return product.T if getattr(module, "fan_in_fan_out", False) else product
+    def plus_delta(self, module: LoraLayer, adapter: str, weight: torch.Tensor, b: int, sign: int = 1) -> torch.Tensor:
+        """weight (out, in) plus, or minus, scale(b) B[:, :b] A[:b], as a new tensor of weight's type.
 
-    def _plus_delta(self, module: LoraLayer, adapter: str, weight: torch.Tensor, b: int, sign: int) -> torch.Tensor:
-        # The sum is rounded once, to the weight's dtype: a delta rounded to bfloat16 first would lose more.
-        return (weight + sign * self.delta(module, adapter, b)).to(weight.dtype)
+        The sum is made in float32 or wider and rounded once: a delta rounded to bfloat16 first would lose more.
+        """
+        A, B = (p.detach() for p in _factors(module, adapter))
+        wide = torch.promote_types(torch.promote_types(A.dtype, weight.dtype), torch.float32)
+        left, right = B[:, :b].to(wide), A[:b].to(wide)
+        if getattr(module, "fan_in_fan_out", False):
+            left, right = right.T, left.T
+        return torch.addmm(weight.to(wide), left, right, alpha=sign * self.scale_at(b)).to(weight.dtype)
 
     def _sliced(self, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, b: int) -> torch.Tensor:
         A_b, B_b = A[:b], B[:, :b]

@@ -82,8 +82,8 @@ def test_it_ends_at_its_budget_and_is_loaded_as_it_was_trained(trained, cache):
     ids = tokens()
     with torch.no_grad():
         want = model(ids).logits
-        assert_close(loaded(ids).logits, want, rtol=1e-5, atol=1e-6)
-        assert_close(stock(ids).logits, want, rtol=1e-5, atol=1e-6)
+        assert_close(loaded(ids).logits, want, rtol=1e-5, atol=5e-6)
+        assert_close(stock(ids).logits, want, rtol=1e-5, atol=5e-6)
         with model.disable_adapter():
             assert (model(ids).logits - want).abs().max() > 1e-3
     saved = sum(p.numel() for name, p in stock.named_parameters() if "lora_" in name and "ranknum" not in name)

@@ -170,7 +170,7 @@ def test_a_checkpoint_is_an_adapter_of_every_rank(cache, tmp_path):
     stock = PeftModel.from_pretrained(base("llama", 32, cache), str(folder)).eval()
     model.eval()
     with torch.no_grad():
-        assert_close(stock(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-6)
+        assert_close(stock(ids).logits, model(ids).logits, rtol=1e-5, atol=5e-6)
         for b in (1, 5, 8):
             with at_rank(model, b), at_rank(loaded, b):
                 assert_close(loaded(ids).logits, model(ids).logits, rtol=0, atol=0)

@@ -20,8 +20,9 @@ def model(request, cache):
 
 def deltas(model, rank):
     """What every layer adds to its weight at `rank`."""
+    zeros = {name: torch.zeros_like(layer.get_base_layer().weight) for name, layer in lora_layers(model).items()}
     gate = gate_of(model)
-    return {name: gate.delta(layer, "default", rank) for name, layer in lora_layers(model).items()}
+    return {name: gate.plus_delta(layer, "default", zeros[name], rank) for name, layer in lora_layers(model).items()}
 
 
 @torch.no_grad()

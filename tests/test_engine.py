@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from peft.tuners.lora.layer import LoraLayer
 from tiny import CONFIGS, adapted
 
 from eval import engine as engine_module
@@ -16,6 +17,7 @@ from eval.benchmarks import Settings, load
 from eval.dequantize import dequantized
 from eval.engine import AllRanks
 from eval.lm import RankedLM
+from eval.merge import merged, worth_merging
 from eval.plan import BRANCHES, batches, divide, group_by_trunk, join, lay_out, pack
 from eval.score import answer
 from experiments.data.sources import release_root
@@ -127,13 +129,13 @@ def test_memory_that_runs_out_halves_the_budget_and_changes_nothing(model, monke
     whole = engine_module.forward
 
     def scarce(base, cache, ids, positions, mask):
-        if ids.numel() > 300:
+        if ids.numel() > 150:
             raise MemoryError
         return whole(base, cache, ids, positions, mask)
 
     monkeypatch.setattr(engine_module, "forward", scarce)
     got, _ = e.loglikelihood(pairs)
-    assert e.budget == 256
+    assert e.budget == 128
     assert got == pytest.approx(want, abs=1e-5)
 
 
@@ -145,18 +147,40 @@ def test_the_gate_and_the_mode_are_as_before(model):
     model.eval()
 
 
-def test_unpacking_the_base_once_changes_no_number(cache):
-    for family in CONFIGS:
-        model = adapted(family, 4, cache).eval()
-        pairs = [([5, 6, i], [7, 8]) for i in range(2, 9)]
-        want, _ = engine(model).loglikelihood(pairs)
-        with dequantized(model, "always") as done:
-            assert done
-            got, _ = engine(model).loglikelihood(pairs)
-        again, _ = engine(model).loglikelihood(pairs)
-        assert (got == want).all() and (again == want).all()
-        with dequantized(model, "never") as done:
-            assert not done
+@pytest.mark.parametrize("family", CONFIGS)
+def test_unpacking_the_base_once_changes_no_number(family, cache, monkeypatch):
+    model = adapted(family, 4, cache).eval()
+    pairs = [([5, 6, i], [7, 8]) for i in range(2, 9)]
+    want, _ = engine(model).loglikelihood(pairs)
+    with dequantized(model, "always") as done:
+        assert done
+        merged_too, _ = engine(model).loglikelihood(pairs)
+        monkeypatch.setattr(engine_module, "worth_merging", lambda model: False)
+        got, _ = engine(model).loglikelihood(pairs)
+    again, _ = engine(model).loglikelihood(pairs)
+    assert (got == want).all() and (again == want).all()
+    assert merged_too == pytest.approx(want, abs=2e-5)
+    with dequantized(model, "never") as done:
+        assert not done
+
+
+def test_an_adapter_is_merged_only_into_float32_where_there_is_room(cache, monkeypatch):
+    assert worth_merging(adapted("llama", 32, cache))
+    assert not worth_merging(adapted("llama", 4, cache))
+    assert not worth_merging(adapted("llama", 32, cache).bfloat16())
+    monkeypatch.setattr("eval.merge.free_memory", lambda device: 2**16)
+    assert not worth_merging(adapted("llama", 32, cache))
+
+
+def test_after_merging_the_model_is_as_before_even_after_an_error(cache):
+    model = adapted("llama", 32, cache)
+    before = dict(model.named_modules())
+    weights = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(RuntimeError, match="stop"), merged(model, 5):
+        assert not any(isinstance(module, LoraLayer) for module in model.modules())
+        raise RuntimeError("stop")
+    assert dict(model.named_modules()) == before
+    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
 
 
 # Against stock lm-eval ---------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ SCALES = {
     "alpha_over_sqrt_b": lambda b: 16 / b**0.5,
     "constant": lambda b: 16 / 8,
 }
-EXACT = {"rtol": 1e-5, "atol": 1e-6}
+EXACT = {"rtol": 1e-5, "atol": 5e-6}
 
 
 @pytest.fixture(scope="module")
