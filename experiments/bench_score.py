@@ -98,8 +98,9 @@ def arithmetic(subject: Subject, folder: Path, task: Task) -> dict[str, float]:
     many operations stock lm-eval needs. No scorer that is as busy as stock lm-eval can be faster by more than that."""
     with ours(subject, folder, [RANKS[3]]) as answers:
         needed, spent = flops(lambda: answers(task)), seconds(lambda: answers(task))
-    stock = flops(lambda lm=subject.stock(folder, RANKS[3], 1): outcomes(lm, task))
-    return {"matmul_share": needed / spent / matmul_rate(subject.dtype), "mmlu_flops_ratio": stock / needed}
+    stock = subject.stock(folder, RANKS[3], 1)
+    ratio = flops(lambda: outcomes(stock, task)) / needed
+    return {"matmul_share": needed / spent / matmul_rate(subject.dtype), "mmlu_flops_ratio": ratio}
 
 
 def exactness(root: Path | None, folder: Path) -> float:
