@@ -99,7 +99,8 @@ def arithmetic(subject: Subject, folder: Path, task: Task) -> dict[str, float]:
     with ours(subject, folder, [RANKS[3]]) as answers:
         needed, spent = flops(lambda: answers(task)), seconds(lambda: answers(task))
     stock = subject.stock(folder, RANKS[3], 1)
-    ratio = flops(lambda: outcomes(stock, task)) / needed
+    with dequantized(stock.model, "always"):  # the operations of bitsandbytes' own layers would not be counted
+        ratio = flops(lambda: outcomes(stock, task)) / needed
     return {"matmul_share": needed / spent / matmul_rate(subject.dtype), "mmlu_flops_ratio": ratio}
 
 
