@@ -39,10 +39,11 @@ def test_the_largest_difference_of_each_score_is_shown(kept, again, tmp_path):
     change(again, heldout=loss | {"ranks": loss["ranks"] | {"8": other}})
     done = run("analysis.rebuilt", str(kept), str(again), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    rows = [[part.strip() for part in line.split("|")[1:-1]] for line in done.stdout.splitlines() if "----" not in line]
-    found = {(task, split): difference for _, task, split, _, difference in rows[1:] if difference not in ("", "0")}
+    lines = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    rows = [[part.strip() for part in line.strip("|").split("|")] for line in lines[2:]]
+    found = {(task, split): difference for _, task, split, _, difference in rows if difference not in ("", "0")}
     assert found == {("heldout", "heldout"): "0.25"}
-    assert "float32" in done.stdout and "2 threads" in done.stdout
+    assert "a CPU, 2 threads, computing in float32, commit c" in " ".join(done.stdout.split())
 
 
 @pytest.mark.parametrize("what", ["digest", "data"])
