@@ -12,11 +12,15 @@ from torch import nn
 
 from eval.memory import free_memory
 from qdylora import gate_of, lora_layers
+from qdylora.adalora import is_adalora
 
 
 def worth_merging(model: PeftModel) -> bool:
     """Whether `merged` changes nothing but rounding, and has room: the base's layers under LoRA are plain float32
-    ones (in 16 bits the sum would be rounded once more), and twice the space of their weights is free."""
+    ones (in 16 bits the sum would be rounded once more), and twice the space of their weights is free. Not for AdaLoRA,
+    whose product is not the gate's."""
+    if is_adalora(model):
+        return False
     layers = [layer.get_base_layer() for layer in lora_layers(model).values()]
     plain = all(isinstance(layer, nn.Linear) and layer.weight.dtype == torch.float32 for layer in layers)
     return plain and 2 * sum(layer.weight.nbytes for layer in layers) <= free_memory(layers[0].weight.device)
