@@ -15,7 +15,6 @@ from lm_eval.api.group import Group
 from lm_eval.api.metrics import mean
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.config.group import GroupConfig
-from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
 
 from eval import releases
@@ -178,6 +177,8 @@ def _limited(docs: list[dict], limit: int | None) -> list[dict]:
 
 
 def _webglm(settings: Settings) -> dict:
+    from rouge_score.rouge_scorer import RougeScorer  # brings nltk and scipy, which nobody else waits for
+
     rouge = RougeScorer(["rougeL"], use_stemmer=True)
 
     def score(doc: dict, results: list[str]) -> dict:

@@ -18,7 +18,8 @@ from experiments import signals
 from experiments.cli import command
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+SURROUNDINGS = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+ENVIRONMENT = os.environ | SURROUNDINGS
 
 
 def start(module: str, *overrides: str, cwd: Path) -> subprocess.Popen:
@@ -52,6 +53,8 @@ def inside(module: str, *overrides: str, cwd: Path) -> subprocess.CompletedProce
         pytest.raises(SystemExit) as ended,
     ):
         patch.setattr(sys, "argv", [module, *overrides])
+        for name, value in SURROUNDINGS.items():  # for the processes that it starts
+            patch.setenv(name, value)
         patch.setattr(signals, "_received", None)
         try:
             entry = importlib.import_module(module)

@@ -17,7 +17,7 @@ from experiments.mistakes import ConfigError
 from qdylora import Draw, DrawCallback, export_rank, gate_of, load_adapter, set_rank
 from qdylora.adalora import Allocate, attach_adalora
 from qdylora.export import adapter_bytes
-from tests.commands import run
+from tests.commands import inside
 from tests.test_conf import config
 
 STEPS, R = 10, 4
@@ -117,7 +117,7 @@ def test_what_does_not_fit_it_is_refused_by_name(override):
 
 def test_a_cell_of_it_is_trained_scored_and_forecast(tmp_path):
     overrides = ["scale=smoke", "table=table3", "data=gsm8k", "method=adalora", "tracker=none", "tasks.benchmarks=[]"]
-    done = run("experiments.run", *overrides, cwd=tmp_path)
+    done = inside("experiments.run", *overrides, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     cell = Cell(config(*overrides, f"outputs={tmp_path}/outputs"))
     record = read_json(cell.record_file)

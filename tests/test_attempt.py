@@ -272,7 +272,7 @@ def test_a_table_with_a_failed_cell_is_printed_and_the_exit_code_tells(tmp_path)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert "failed" in done.stdout and "QDyLoRA" in done.stdout
     assert "tiny--alpaca--qlora--seed0 failed: started 3 times" in done.stderr
-    again = run("experiments.table", *SCORED, "table.data=[alpaca]", cwd=tmp_path)
+    again = inside("experiments.table", *SCORED, "table.data=[alpaca]", cwd=tmp_path)
     assert again.returncode == 0 and "[1/1]" in again.stderr and "failed" not in again.stdout, again.stderr
 
 
@@ -343,6 +343,6 @@ def fill(disk: Path) -> None:
 
 def test_an_output_folder_that_cannot_be_written(small_disk):
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    done = run("experiments.run", *SMOKE, f"outputs={small_disk}", f"root={REPOSITORY / 'nowhere'}", cwd=small_disk)
+    done = inside("experiments.run", *SMOKE, f"outputs={small_disk}", f"root={REPOSITORY / 'nowhere'}", cwd=small_disk)
     assert done.returncode == 2, done.stderr
     assert "Read-only file system" in done.stderr and "outputs=FOLDER" in done.stderr and "Traceback" not in done.stderr

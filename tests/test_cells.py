@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from eval.releases import sha256
 from tests import commands
-from tests.commands import run, start
+from tests.commands import inside, start
 
 SMOKE = ("table=table1", "scale=smoke")
 TRAIN = (*SMOKE, "budget.steps=20", "checkpoint_every=10", "optim.compute_dtype=float32", "tracker=none")
@@ -43,7 +43,7 @@ def lines_so_far(cwd: Path) -> list[str]:
 def undisturbed(tmp_path_factory) -> Path:
     """A cell trained for 20 steps without a break."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    done = run("experiments.train", *TRAIN, cwd=folder)
+    done = inside("experiments.train", *TRAIN, cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder / CELL
 
@@ -65,7 +65,7 @@ def test_killed_training_goes_on_and_ends_bit_for_bit_the_same(undisturbed, tmp_
     if damage == "log":  # killed in the middle of a line
         log = cell / "log.jsonl"
         log.write_text("\n".join(log.read_text().splitlines()[:12]) + '\n{"step": 13, "lo')
-    done = run("experiments.train", *TRAIN, cwd=tmp_path)
+    done = inside("experiments.train", *TRAIN, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"going on from step {5 if damage == 'checkpoint' else 10}" in done.stderr
     assert ("damaged" in done.stderr) == (damage == "checkpoint")
@@ -100,7 +100,7 @@ def table(tmp_path_factory) -> Path:
     secrets = {"HF_TOKEN": SECRET, "WANDB_API_KEY": SECRET}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(commands, "ENVIRONMENT", commands.ENVIRONMENT | secrets)
-        done = run("experiments.table", *SMOKE, "table.data=[alpaca]", cwd=folder)
+        done = inside("experiments.table", *SMOKE, "table.data=[alpaca]", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert "[2/2]" in done.stderr
     (folder / "printed.md").write_text(done.stdout)
@@ -122,7 +122,7 @@ def test_the_table_is_printed_and_written(table):
 
 def test_a_second_call_runs_nothing_and_prints_the_same_table(table):
     before = records(table)
-    done = run("experiments.table", *SMOKE, "table.data=[alpaca]", cwd=table)
+    done = inside("experiments.table", *SMOKE, "table.data=[alpaca]", cwd=table)
     assert done.returncode == 0 and "[1/" not in done.stderr
     assert done.stdout == (table / "printed.md").read_text()
     assert records(table) == before and len(before) == 2
@@ -159,7 +159,7 @@ def test_wandb_writes_an_offline_run_into_the_cell(table):
 
 def test_a_changed_configuration_is_named_and_the_old_work_put_aside(table):
     overrides = (*SMOKE, "data=alpaca", "method=qlora", "tracker=none", "optim.lr=1e-3", "tasks.benchmarks=[]")
-    done = run("experiments.run", *overrides, cwd=table)
+    done = inside("experiments.run", *overrides, cwd=table)
     assert done.returncode == 0, done.stderr
     assert "optim.lr" in done.stderr and "put aside" in done.stderr
     kept = list((table / "outputs/smoke/table1").glob("tiny--alpaca--qlora--seed0~*/record.json"))
@@ -167,7 +167,7 @@ def test_a_changed_configuration_is_named_and_the_old_work_put_aside(table):
 
 
 def test_a_tracker_that_fails_stops_nothing(tmp_path):
-    done = run("experiments.train", *SMOKE, "tracker.wandb=online", cwd=tmp_path)  # no account, no network
+    done = inside("experiments.train", *SMOKE, "tracker.wandb=online", cwd=tmp_path)  # no account, no network
     assert done.returncode == 0, done.stderr
     assert "the cell goes on without it" in done.stderr
     assert len(lines_so_far(tmp_path)) == 4
@@ -180,12 +180,12 @@ def test_a_failed_cell_says_why_and_is_run_again(tmp_path):
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
     overrides = (*SMOKE, f"model.id={model}", "model.random=null", "tracker=none", "tasks.benchmarks=[]")
-    done = run("experiments.run", *overrides, cwd=tmp_path)
+    done = inside("experiments.run", *overrides, cwd=tmp_path)
     assert done.returncode == 1
     record = json.loads((tmp_path / CELL / "record.json").read_text())
     assert record["status"] == "failed" and record["reason"]
     weights.write_bytes(whole)
-    done = run("experiments.run", *overrides, cwd=tmp_path)
+    done = inside("experiments.run", *overrides, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / CELL / "record.json").read_text())["status"] == "done"
 

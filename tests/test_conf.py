@@ -129,13 +129,15 @@ def test_a_mistake_is_refused_by_name(overrides):
     assert BAD[overrides] in f"{error.value} {error.value.__cause__}"
 
 
-@pytest.mark.parametrize("module", ["experiments.run", "experiments.table"])
-def test_the_commands_say_it_in_one_sentence_with_exit_code_2(module, tmp_path):
-    for overrides in ("+typo=1", "ranks.eval=[65]", "data=wikipedia"):
-        done = run(module, "scale=smoke", overrides, cwd=tmp_path)
-        assert done.returncode == 2
-        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
-        assert overrides.strip("+").split("=")[0].split(".")[0] in done.stderr
+@pytest.mark.parametrize(
+    ("module", "override"),
+    [("experiments.run", "+typo=1"), ("experiments.table", "ranks.eval=[65]"), ("experiments.score", "data=wikipedia")],
+)
+def test_the_commands_say_it_in_one_sentence_with_exit_code_2(module, override, tmp_path):
+    done = run(module, "scale=smoke", override, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert override.strip("+").split("=")[0].split(".")[0] in done.stderr
     assert not list(tmp_path.iterdir())
 
 

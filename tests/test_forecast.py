@@ -34,7 +34,7 @@ from qdylora.forecast import (
     static_parts,
 )
 from qdylora.ledger import PARTS, Ledger, device_kernels
-from tests.commands import run
+from tests.commands import inside
 from tests.test_conf import config
 from tests.tiny import CONFIGS
 
@@ -267,7 +267,7 @@ SMOKE = ("table=table1", "scale=smoke", "tracker=none", "tasks.benchmarks=[]")
 
 def test_a_cell_that_cannot_fit_is_recorded_without_being_run(tmp_path):
     too_small = ("forecast.gpu_gb=0.001", "forecast.reserve_gb=0")
-    done = run("experiments.run", *SMOKE, *too_small, cwd=tmp_path)
+    done = inside("experiments.run", *SMOKE, *too_small, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     cell = Cell(config(*SMOKE, *too_small, f"outputs={tmp_path}/outputs"))
     record = read_json(cell.record_file)
@@ -283,14 +283,14 @@ def test_a_cell_that_cannot_fit_is_recorded_without_being_run(tmp_path):
 
 
 def test_the_command_prints_and_writes_the_table(tmp_path):
-    done = run("experiments.forecast", "scale=smoke", "forecast.gpu_gb=2", cwd=tmp_path)
+    done = inside("experiments.forecast", "scale=smoke", "forecast.gpu_gb=2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     lines = {line.split("  ")[0]: line.split() for line in done.stdout.splitlines()}
     assert lines["fits 2 GiB less 1"][-2:] == ["yes", "yes"]
     assert int(lines["largest micro-batch"][-2]) > int(lines["largest micro-batch"][-1]) > 4
     written = json.loads((tmp_path / "outputs/forecast/smoke--tiny--alpaca--qdylora.json").read_text())
     assert set(written["forecasts"]["checkpointed"]["parts"]) == set(PARTS)
-    done = run("experiments.forecast", "scale=smoke", "model.random=null", "model.id=no-such/model", cwd=tmp_path)
+    done = inside("experiments.forecast", "scale=smoke", "model.random=null", "model.id=no-such/model", cwd=tmp_path)
     assert done.returncode == 2 and "model.architecture is not set and no-such/model" in done.stderr
 
 

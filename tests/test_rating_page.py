@@ -16,7 +16,7 @@ from experiments.chat.matches import Verdicts, schedule
 from experiments.chat.page import human_verdicts, sample, write_page
 from experiments.chat.prompts import Prompt
 from experiments.mistakes import ConfigError
-from tests.commands import run
+from tests.commands import inside
 from tests.judge_server import JudgeServer, Plan, write_answers
 
 RIGHT = "\ue014"
@@ -161,7 +161,7 @@ def test_rating_with_the_keyboard_alone(browser, tmp_path):
 
 def test_the_tournament_reads_what_raters_saved(tmp_path):
     overrides = write_answers(tmp_path, "abc", 4)
-    made = run("experiments.rate", *overrides, "tournament.human_matches=9", cwd=tmp_path)
+    made = inside("experiments.rate", *overrides, "tournament.human_matches=9", cwd=tmp_path)
     assert made.returncode == 0, made.stderr
     page = Path(made.stdout.strip())
     digest = page.stem.removeprefix("rating-")
@@ -170,11 +170,11 @@ def test_the_tournament_reads_what_raters_saved(tmp_path):
     saved = [{"page": digest, "item": i, "verdict": v, "rater": "Bo"} for i, v in enumerate(better)]
     (page.parent / "human").mkdir()
     (page.parent / "human" / "bo.jsonl").write_text("\n".join(map(json.dumps, saved)) + "\n")
-    alone = run("experiments.tournament", *overrides, "judge=none", cwd=tmp_path)
+    alone = inside("experiments.tournament", *overrides, "judge=none", cwd=tmp_path)
     assert alone.returncode == 0 and "human Bo judges" in alone.stdout, alone.stderr
     with JudgeServer(lambda n, user: Plan("3")) as server:
         asked = ["judge.model=judge", f"judge.address={server.address}"]
-        done = run("experiments.tournament", *overrides, *asked, cwd=tmp_path)
+        done = inside("experiments.tournament", *overrides, *asked, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "human Bo judges" in done.stdout and "| human Bo " in done.stdout
     assert len(Verdicts(page.parent / "verdicts.jsonl").lines()) == 24

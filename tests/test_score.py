@@ -15,7 +15,7 @@ from eval.lm import RankedLM
 from eval.score import answer, score
 from experiments.data.sources import release_root
 from qdylora import load_tokenizer
-from tests.commands import inside, run
+from tests.commands import inside
 
 CELL = "outputs/smoke/table2/tiny--webglm--qlora--seed0"
 SMOKE = ("table=table2", "scale=smoke", "data=webglm", "method=qlora", "tracker=none", "ranks.eval=[1,8,64]")
@@ -38,7 +38,7 @@ def test_every_rank_is_asked_the_same_and_each_question_is_computed_once(name, f
 @pytest.fixture(scope="module")
 def cell(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("cell")
-    done = run("experiments.run", *SMOKE, cwd=folder)
+    done = inside("experiments.run", *SMOKE, cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder / CELL
 
@@ -60,7 +60,7 @@ def test_a_static_adapter_is_scored_in_every_way_it_can_be_cut(cell):
 
 def test_the_same_prompts_are_answered_side_by_side(cell):
     folder = cell.parents[3]
-    done = run("experiments.samples", *SMOKE, "samples.ranks=[64,28]", "samples.items=1", cwd=folder)
+    done = inside("experiments.samples", *SMOKE, "samples.ranks=[64,28]", "samples.items=1", cwd=folder)
     assert done.returncode == 0, done.stderr
     text = (cell / "samples.md").read_text()
     assert text.strip() == done.stdout.strip()
@@ -70,7 +70,7 @@ def test_the_same_prompts_are_answered_side_by_side(cell):
 
 
 def test_samples_of_an_untrained_cell_say_what_to_do(tmp_path):
-    done = run("experiments.samples", *SMOKE, cwd=tmp_path)
+    done = inside("experiments.samples", *SMOKE, cwd=tmp_path)
     assert (
         done.returncode == 2
         and "has no trained adapter" in done.stderr

@@ -3,7 +3,7 @@
 import pytest
 
 from analysis.settings import table4
-from tests.commands import run
+from tests.commands import inside
 
 
 def config(model="llama-7b", data="alpaca", method="qlora", **settings):
@@ -66,7 +66,7 @@ def test_settings_of_two_scales_are_refused():
 
 
 def test_the_command_writes_it_without_running_a_cell(tmp_path):
-    done = run("experiments.table", "table=table4", "scale=paper", "table.of=[table3]", cwd=tmp_path)
+    done = inside("experiments.table", "table=table4", "scale=paper", "table.of=[table3]", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "outputs/paper/table4"
     assert sorted(file.name for file in folder.iterdir()) == ["table4.csv", "table4.md", "table4.tex"]

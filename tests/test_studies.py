@@ -16,7 +16,7 @@ from experiments.examples import prepare
 from experiments.mistakes import ConfigError
 from experiments.table import cells
 from experiments.train import base_tokenizer
-from tests.commands import run
+from tests.commands import inside
 from tests.test_conf import config
 
 #: What the variants of each study differ in, dotted names of the configuration.
@@ -96,7 +96,7 @@ def test_what_ran_out_of_memory_keeps_its_row_also_as_the_first():
 def test_a_study_runs_from_end_to_end(tmp_path):
     overrides = ("table=study_epochs", "scale=smoke", "tracker=none", "tasks.benchmarks=[]")
     few = "table.variants={once:['data.rows=8','budget.steps=2'],twice:['data.rows=8','budget.steps=4']}"
-    done = run("experiments.table", *overrides, few, cwd=tmp_path)
+    done = inside("experiments.table", *overrides, few, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "outputs/smoke/study_epochs"
     once, twice = load(folder)

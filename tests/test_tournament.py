@@ -16,7 +16,7 @@ from experiments.chat.matches import Verdicts
 from experiments.config import CONF, resolved
 from experiments.mistakes import ConfigError
 from tests import commands
-from tests.commands import run, start
+from tests.commands import inside, start
 from tests.judge_server import JudgeServer, Plan, write_answers
 
 
@@ -137,7 +137,7 @@ def test_a_run_killed_midway_goes_on_where_it_was(tmp_path):
         with file.open("a") as stream:
             stream.write('{"judge": "torn')
         before = file.read_text().count("\n")
-        done = run("experiments.tournament", *overrides, cwd=tmp_path)
+        done = inside("experiments.tournament", *overrides, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in file.read_text().splitlines()]
     assert 8 <= before < 36 and len(found) == len({line["match"] for line in found}) == 36
@@ -160,7 +160,7 @@ def test_ctrl_c_keeps_the_answers_under_way(tmp_path):
 
 def test_a_judge_that_always_says_1_shows_as_an_order_effect(tmp_path):
     with JudgeServer(lambda n, user: Plan("1")) as server:
-        done = run("experiments.tournament", *write_answers(tmp_path, "abc", 5), *at(server), cwd=tmp_path)
+        done = inside("experiments.tournament", *write_answers(tmp_path, "abc", 5), *at(server), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     row = next(line for line in done.stdout.splitlines() if line.startswith("| judge (explain-v1, T 0.2) | 30"))
     assert [cell.strip() for cell in row.split("|")[3:7]] == ["100.0", "0.0", "0.0", "100.0 [100.0, 100.0]"]
@@ -180,7 +180,7 @@ def test_the_key_is_sent_and_never_written(tmp_path, monkeypatch):
     monkeypatch.setitem(commands.ENVIRONMENT, "MY_KEY", key)
     with JudgeServer(lambda n, user: Plan("2") if n < 3 else Plan(status=401, body=f"Incorrect key: {key}")) as server:
         overrides = [*write_answers(tmp_path), *at(server, "judge.key=MY_KEY")]
-        done = run("experiments.tournament", *overrides, cwd=tmp_path)
+        done = inside("experiments.tournament", *overrides, cwd=tmp_path)
     assert done.returncode == 1 and "answered 401; check the key in the environment variable MY_KEY" in done.stderr
     written = [file for file in tmp_path.rglob("*") if file.is_file()]
     assert key not in done.stdout + done.stderr and not [f for f in written if key in f.read_text(errors="replace")]
@@ -261,7 +261,7 @@ def test_ranks_of_an_adapter_and_its_base_answer_alike_after_a_restart(tmp_path)
     model.save_pretrained(cell.adapter)
     RankSettings(64, 16, "alpha_over_b", False, "drift", vars(Draw(r_max=64)) | {"ranks": []}).save(cell.adapter)
     with JudgeServer(lambda n, user: Plan("3")) as server:
-        done = run("experiments.tournament", *overrides, *at(server), cwd=tmp_path)
+        done = inside("experiments.tournament", *overrides, *at(server), cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         folder = tmp_path / "outputs/smoke/tournament/ranks"
         files = {file.name.rsplit("-", 1)[0]: file for file in (folder / "answers").glob("*.jsonl")}
@@ -271,7 +271,7 @@ def test_ranks_of_an_adapter_and_its_base_answer_alike_after_a_restart(tmp_path)
         for file in files.values():  # as if killed after the first batch
             file.unlink()
             (file.with_suffix("") / "1.json").unlink()
-        again = run("experiments.tournament", *overrides, *at(server), cwd=tmp_path)
+        again = inside("experiments.tournament", *overrides, *at(server), cwd=tmp_path)
         assert again.returncode == 0 and server.requests == 3 * 12
     assert {name: file.read_text() for name, file in files.items()} == texts
     record = json.loads(Path(folder / "record.json").read_text())
