@@ -38,7 +38,7 @@ def _asked(records: Sequence[Record], task: str) -> list[str]:
         about = done[0].tasks[task]
         sizes = [f"{result['n']} {split} items" for split, result in about["splits"].items()]
         groups = item_groups(done[0], task, "test")
-        if groups is not None:
+        if groups is not None and groups.nunique() > 1:
             sizes.append(f"{groups.nunique()} subjects")
         return [
             f"{task}: {about['num_fewshot']}-shot {about['metric']}, task version {about['version']}; "

@@ -38,6 +38,7 @@ from experiments.monitor import Finite, HeldOutLoss, Log, ProgressBar, StopAtSig
 from experiments.schema import Config
 from experiments.signals import until_saved
 from experiments.tracker import Tracker
+from experiments.twin import take_over
 from qdylora import DrawCallback, load_base, load_tokenizer
 from qdylora.adalora import Allocate
 from qdylora.adapter import SETTINGS_FILE
@@ -59,7 +60,10 @@ def train(cell: Cell) -> dict:
     """
     config = cell.config
     arguments = training_arguments(config, cell.folder / "checkpoints")  # from here on the processes know each other
-    done = read_json(cell.folder / "training.json")
+    with arguments.main_process_first(local=False):
+        if arguments.process_index == 0:
+            take_over(cell)
+        done = read_json(cell.folder / "training.json")
     if done:
         shutil.rmtree(cell.folder / "checkpoints", ignore_errors=True)  # killed while it was being removed
         return done
