@@ -121,7 +121,7 @@ lint: setup  ## check style
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 
-test-exact: setup  ## scoring against stock lm-eval on many real questions at all ranks (hours)
+test-exact: setup  ## scoring against stock lm-eval on many real questions (about an hour)
 	$(PYTHON) -m pytest tests/test_exactness.py --exact
 
 bench: bench-train bench-score  ## both benchmarks
