@@ -111,8 +111,9 @@ rating-page: setup  ## a page on which people compare the tournament's answers b
 test: setup  ## the tests, on all cores
 	$(PYTHON) -m pytest --numprocesses auto --dist loadfile
 
+test-faults: MOMENTS ?= 20
 test-faults: setup  ## kill -9 at twenty moments of a cell, a few minutes
-	$(PYTHON) -m pytest tests/faults
+	MOMENTS=$(MOMENTS) $(PYTHON) -m pytest tests/faults
 
 test-slurm: setup  ## arrays, requeue, preemption and multirun on a real SLURM, started here; as root (tests/slurm/cluster)
 	$(PYTHON) -m pytest tests/slurm

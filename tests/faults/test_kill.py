@@ -21,7 +21,7 @@ from tests.test_cells import CELL, lines, without_time
 
 OVERRIDES = ("table=table1", "scale=smoke", "tracker=none", "data=alpaca", "budget.steps=20", "checkpoint_every=3",
              "optim.compute_dtype=float32")  # fmt: skip
-MOMENTS = 20
+MOMENTS = int(os.environ.get("MOMENTS", 20))
 #: What is on the disk only while it is being written; a kill then is aimed at, the others come at random times.
 DRAFTS = ("checkpoints/checkpoint-6", ".adapter", "parts/.heldout.json.*", "items/mmlu-test.jsonl.draft",
           ".training.json.*", ".record.json.*")  # fmt: skip
