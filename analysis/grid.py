@@ -32,6 +32,8 @@ METHODS = {
     "qdylora-sequence": "QDyLoRA, rank per sequence",
     "qdylora-anchored": "QDyLoRA, anchored",
     "qdylora-anchored-sqrt": "QDyLoRA, anchored, alpha/sqrt(b)",
+    "qdylora-mostly-full": "QDyLoRA, 3/4 at r_max",
+    "qdylora-ends": "QDyLoRA, 3/4 at r_max, 1/4 at rank 1",
     "qdylora-sqrt": "QDyLoRA, alpha/sqrt(b)",
     "qdylora-constant": "QDyLoRA, alpha/r",
     "qdylora-masked": "QDyLoRA, masked Adam",
