@@ -21,6 +21,8 @@ def label(method: str) -> str:
     if method in METHODS:
         return METHODS[method]
     variant, colon, cut = method.partition(":")  # of a table whose cells are variants, which have names of their own
+    if at_rank := re.fullmatch(r"(\w+)-r(\d+)", variant):
+        variant = f"{METHODS.get(at_rank[1], at_rank[1])} of rank {at_rank[2]}"
     return variant + METHODS.get(f"qlora:{cut}", cut).removeprefix("QLoRA") if colon else variant
 
 
@@ -181,7 +183,7 @@ def _curve(name: str, run: Run, ranks: list[int], triples: list[tuple], higher_i
         values=values,
         lows=lows,
         highs=highs,
-        own=run.own_rank if run.records[0].cell["method"].split(":")[0] in STATIC else None,
+        own=run.own_rank if run.records[0].raw["config"]["method"]["name"] in STATIC else None,
         higher_is_better=higher_is_better,
         adapter_bytes=run.records[0].adapter_bytes,
         memory_bytes=_mean([record.raw.get("peak_memory_bytes") for record in run.records]),

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from itertools import cycle
 from math import nan
+from textwrap import fill
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -12,6 +13,7 @@ from analysis.curves import Curve, Panel, Updates
 from analysis.style import (
     BLUE,
     GREEN,
+    GRID,
     INK,
     LEVEL,
     ORANGE,
@@ -27,6 +29,8 @@ from analysis.style import (
 )
 
 MIB, GIB = 2**20, 2**30
+MOST_LINES = 7  # in one axes
+COLUMNS = 4  # of axes, where each line has one
 GPUS = {"16 GB": 16, "24 GB": 24, "32 GB (V100)": 32, "48 GB": 48, "80 GB": 80}  # GiB of memory
 RANK_LOOKS = tuple(
     Look(colour, marker, "-")
@@ -40,30 +44,80 @@ HATCHES = ("", "//", "..", "\\\\", "xx", "--", "||", "oo")
 @styled
 def quality_against_rank(shown: Panel) -> Figure:
     """A line and a 95% band for each method over log2 rank; the large marker is the method's own or best rank."""
-    figure, axes = panel()
-    _draw_curves(axes, shown, lambda curve: list(curve.ranks))
-    axes.set_xlabel("rank")
-    axes.set_xscale("log", base=2)
     ranks = sorted({rank for curve in shown.curves for rank in curve.ranks})
-    axes.set_xticks(ranks, [str(rank) for rank in ranks])
-    _finish_curves(axes, shown)
-    return figure
+
+    def ticks(axes: Axes) -> None:
+        axes.set_xticks(ranks, [str(rank) for rank in ranks])
+
+    return _against("rank", ticks, lambda curve: list(curve.ranks), shown)
 
 
 @styled
 def quality_against_size(shown: Panel) -> Figure:
     """The same over the bytes of the adapter at each rank, for the methods whose record has them."""
+
+    def ticks(axes: Axes) -> None:
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: f"{size:g}"))
+
+    return _against("adapter, MiB", ticks, lambda c: [c.adapter_bytes[rank] / MIB for rank in c.ranks], shown)
+
+
+def _against(what: str, ticks: Callable[[Axes], None], place: Callable[[Curve], list[float]], shown: Panel) -> Figure:
+    """All curves in one axes, or each in one of its own if they are many. `place` gives horizontal positions."""
+
+    def along(axes: Axes) -> None:
+        axes.set_xscale("log", base=2)
+        ticks(axes)
+        axes.xaxis.set_minor_locator(NullLocator())
+
+    if len(_lines(shown)) > MOST_LINES:
+        figure = _each_by_itself(shown, place, along)
+        figure.supxlabel(what, fontsize=9)
+        return figure
     figure, axes = panel()
-    _draw_curves(axes, shown, lambda curve: [curve.adapter_bytes[rank] / MIB for rank in curve.ranks])
-    axes.set_xlabel("adapter, MiB")
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: f"{size:g}"))
+    _draw_curves(axes, shown, place)
+    axes.set_xlabel(what)
+    along(axes)
     _finish_curves(axes, shown)
     return figure
 
 
+def _lines(shown: Panel) -> list[Curve]:
+    return [curve for curve in shown.curves if len(curve.ranks) > 1]
+
+
+def _each_by_itself(shown: Panel, place: Callable[[Curve], list[float]], along: Callable[[Axes], None]) -> Figure:
+    """Axes for each line, with the others in grey behind it; methods of a single rank are points in all of them."""
+    lines = _lines(shown)
+    points = [(curve, one) for curve, one in _looks(shown) if curve not in lines]
+    rows = -(-len(lines) // COLUMNS)
+    figure = Figure(figsize=(7.2, 0.7 + 1.4 * rows), layout="constrained")
+    grid = figure.subplots(rows, COLUMNS, sharex=True, sharey=True, squeeze=False)
+    for axes, line in zip(grid.flat, lines, strict=False):
+        for other in lines:
+            axes.plot(place(other), other.values, color=GRID, linewidth=1)
+        colour = VERMILLION if line.own else BLUE  # trained at one rank, or for all
+        hollow = "none" if line.own else colour
+        axes.fill_between(place(line), line.lows, line.highs, color=colour, alpha=0.15, linewidth=0)
+        axes.plot(place(line), line.values, "o-", color=colour, markerfacecolor=hollow, markersize=4)
+        handles = [
+            axes.plot(place(p), p.values, look.marker, color=INK, markersize=5, label=p.label)[0] for p, look in points
+        ]
+        if shown.level:
+            value, name = shown.level
+            handles.append(axes.axhline(value, color=LEVEL.colour, linestyle=LEVEL.dash, linewidth=1, label=name))
+        axes.set_title(fill(line.label, 24), fontsize=8, loc="left")
+        along(axes)
+    for axes in grid.flat[len(lines) :]:
+        axes.set_visible(False)
+    for axes in grid.flat[max(0, len(lines) - COLUMNS) : len(lines)]:  # the lowest of each column
+        axes.xaxis.set_tick_params(labelbottom=True)
+    figure.supylabel(shown.quantity, fontsize=9)
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), fontsize=8, frameon=False)
+    return figure
+
+
 def _draw_curves(axes: Axes, shown: Panel, place: Callable[[Curve], list[float]]) -> None:
-    """`place` gives a curve's horizontal positions."""
     for curve, one in _looks(shown):
         x = place(curve)
         hollow = "none" if curve.own else one.colour  # a hollow marker is a rank that was not trained
@@ -76,7 +130,6 @@ def _draw_curves(axes: Axes, shown: Panel, place: Callable[[Curve], list[float]]
 
 
 def _finish_curves(axes: Axes, shown: Panel) -> None:
-    axes.xaxis.set_minor_locator(NullLocator())
     axes.set_ylabel(shown.quantity)
     ends = {curve.label: curve.values[-1] for curve in shown.curves}
     look = {curve.label: one for curve, one in _looks(shown)}
@@ -206,7 +259,7 @@ def memory_by_part(forecasts: dict[str, dict[str, int]]) -> Figure:
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("peak memory of training, GiB")
-    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=8)
     return figure
 
 

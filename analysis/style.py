@@ -64,6 +64,9 @@ OTHERS = (
     Look(GREEN, "<", ":"),
     Look(PURPLE, ">", "-"),
     Look(VERMILLION, "d", ":"),
+    Look(BLUE, "p", "-."),
+    Look(ORANGE, "h", "--"),
+    Look(SKY, "8", ":"),
 )
 
 

@@ -16,6 +16,7 @@ from analysis.forecasts import forecasts
 from analysis.records import cells, items, load, log, tables
 from analysis.stats import mean_at
 from analysis.style import LOOKS, OTHERS, inline, label_ends, looks, panel, save, svg
+from experiments.keep import RESULTS
 from tests.golden_outputs import ALPACA, FORECAST, GOLDEN, HOW, RANKS, change, line, make
 
 
@@ -297,3 +298,21 @@ def test_the_command_writes_svg_and_png_and_says_what_is_wrong_in_one_sentence(s
     assert {f"table1--{ALPACA}--training.svg", f"table1--{ALPACA}--training.png"} <= written
     done = command(tmp_path / "nothing")
     assert done.returncode == 2 and done.stderr == f"error: no folder of records at {tmp_path / 'nothing'}\n"
+
+
+def test_many_methods_have_axes_of_their_own_with_the_others_behind():
+    records = load(RESULTS / "small/rivals")
+    shown = panels(records, HOW)[-1]
+    lines = [curve for curve in shown.curves if len(curve.ranks) > 1]
+    points = [curve for curve in shown.curves if len(curve.ranks) == 1]
+    assert len(lines) > plots.MOST_LINES and points
+    figure = plots.quality_against_rank(shown)
+    assert len([axes for axes in figure.axes if axes.get_visible()]) == len(lines)
+    for axes, curve in zip(figure.axes, lines, strict=False):
+        assert axes.get_title(loc="left").replace("\n", " ") == curve.label
+        (own,) = [one for one in axes.lines if one.get_marker() == "o"]
+        assert own.get_ydata().tolist() == list(curve.values)
+        assert (own.get_color() == plots.VERMILLION) == (curve.own is not None)
+        grey = {tuple(one.get_ydata()) for one in axes.lines if one.get_color() == plots.GRID}
+        assert grey == {other.values for other in lines}
+    assert {text.get_text() for text in figure.legends[0].texts} >= {point.label for point in points}
