@@ -134,8 +134,9 @@ def test_preempted(slurm, tmp_path, undisturbed):
 
 
 def test_what_is_in_the_queue_is_not_submitted_twice(slurm, tmp_path):
-    started(slurm, tmp_path)
-    done = submit(slurm, tmp_path, *LONG)
+    longer = "budget.steps=500"  # outlasts the start of the second submission
+    started(slurm, tmp_path, longer)
+    done = submit(slurm, tmp_path, *LONG, longer)
     assert done.returncode == 0, done.stderr
     assert "submitted" not in done.stderr and "1 running" in done.stderr and "1 done" in done.stderr
 
