@@ -23,10 +23,9 @@ def take_over(cell: Cell) -> None:
     says whose it is."""
     if (cell.folder / "training.json").exists() or (cell.folder / "checkpoints").exists():
         return
-    twin = next(twins(cell), None)
+    twin, record = next(twins(cell), (None, None))
     if twin is None:
         return
-    record = read_json(twin / "record.json")
     for name in WORK:
         _copy(twin / name, cell.folder / name)
     of = f"{twin.parent.name}/{twin.name}"
@@ -35,8 +34,8 @@ def take_over(cell: Cell) -> None:
     note(f"{cell.name}: has the configuration of {of}, whose work is taken over")
 
 
-def twins(cell: Cell) -> Iterator[Path]:
-    """Folders of other cells of the scale, also of those put aside, that ended well with the same configuration, seed
+def twins(cell: Cell) -> Iterator[tuple[Path, dict]]:
+    """Folders and records of other cells of the scale, also of those put aside, that ended well with the same configuration, seed
     and library versions, and whose adapter is whole."""
     mine, versions = substance(cell.plain_config), environment()["versions"]
     for file in sorted(cell.folder.parent.parent.glob("*/*/record.json")):
@@ -48,7 +47,7 @@ def twins(cell: Cell) -> Iterator[Path]:
             continue
         same = record["status"] == "done" and record["versions"] == versions
         if same and set(differences(substance(record["config"]), mine)) <= SAME and _whole(file.parent):
-            yield file.parent
+            yield file.parent, record
 
 
 def _whole(folder: Path) -> bool:

@@ -91,7 +91,7 @@ def test_the_cells_of_the_table_are_told_by_their_variants():
     overrides = ["scale=smoke", "table=rivals"]
     found = cells(config(*overrides), overrides)
     assert [cell.method for _, cell in found] == list(config(*overrides).table.variants)
-    assert len({cell.name for _, cell in found}) == len({cell.digest for _, cell in found}) == len(found)
+    assert len({cell.name for _, cell in found}) == len({cell.digest for _, cell in found}) == len(found) == 14
     trained = {
         cell.method: (cell.config.method.name, cell.config.ranks.r_max, cell.config.ranks.eval) for _, cell in found
     }
