@@ -35,8 +35,8 @@ def take_over(cell: Cell) -> None:
 
 
 def twins(cell: Cell) -> Iterator[tuple[Path, dict]]:
-    """Folders and records of other cells of the scale, also of those put aside, that ended well with the same configuration, seed
-    and library versions, and whose adapter is whole."""
+    """Folders and records of other cells of the scale, also of those put aside, that ended well with the same
+    configuration, seed and library versions, and whose adapter is whole."""
     mine, versions = substance(cell.plain_config), environment()["versions"]
     for file in sorted(cell.folder.parent.parent.glob("*/*/record.json")):
         if file.parent == cell.folder:
