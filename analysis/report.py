@@ -5,7 +5,7 @@ from a record is escaped.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from tqdm import tqdm
 from analysis.claims import Claim
 from analysis.claims import claims as judged
 from analysis.cli import command
-from analysis.figures import pictures
+from analysis.figures import Picture, comparisons, of_cells
 from analysis.forecasts import forecasts
 from analysis.layout import Table, repeated
 from analysis.notes import amounts
@@ -28,11 +28,7 @@ from analysis.style import inline, svg
 from analysis.tables import TABLES
 
 GIB = 2**30
-CLOSED = (
-    "Training",
-    "Speed and memory of training",
-    "Held-out loss in training",
-)  # a figure a cell: folded away at first
+MOST_CURVES = 24  # cells whose curves of training a page still holds: 50 KiB each
 LISTS = (
     ("budgets", "Budgets", "What each cell was asked to spend, and spent."),
     ("cells", "Cells", "How each cell ended, and what made it."),
@@ -50,7 +46,7 @@ def report(folder: Path, claims: Sequence[Claim] | str, how: Bootstrap = DEFAULT
     records = [record for table in tables(folder) for record in load(table)]
     rows = {"budgets": _budgets, "cells": _cells, "data": _data, "software": _software}
     lists = [(anchor, name, caption, *rows[anchor](folder, records)) for anchor, name, caption in LISTS]
-    sections = [("claims", "Claims"), ("figures", "Figures"), ("tables", "Tables")]
+    sections = [("claims", "Claims"), ("figures", "Figures"), ("curves", "Curves of training"), ("tables", "Tables")]
     page = _environment().get_template("report.html")
     return page.render(
         title=f"QDyLoRA at scale {folder.resolve().name}",
@@ -58,8 +54,8 @@ def report(folder: Path, claims: Sequence[Claim] | str, how: Bootstrap = DEFAULT
         sections=sections + [(anchor, name) for anchor, name, _ in LISTS],
         claims=claims,
         tables=_tables(folder, records),
-        kinds=_kinds(folder, how),
-        closed=CLOSED,
+        kinds=_by_kind(comparisons(folder, how)),
+        curves=_curves(folder),
         lists=lists,
     )
 
@@ -113,10 +109,18 @@ def _or_reason(work: Callable[..., Any], *of: Any) -> Any:
         return f"the records do not hold {error}"
 
 
-def _kinds(folder: Path, how: Bootstrap) -> list[tuple[str, list[dict]]]:
+def _curves(folder: Path) -> list[tuple[str, list[dict]]] | str:
+    """The curves of every cell's training, or where they are if they are too many for a page."""
+    count = sum(len(cells(table)) for table in tables(folder))
+    if count > MOST_CURVES:
+        return f"Those of {count} cells are too many for one page. They are files: python -m analysis.figures {folder}"
+    return _by_kind(of_cells(folder))
+
+
+def _by_kind(pictures: Iterator[Picture]) -> list[tuple[str, list[dict]]]:
     """The pictures by kind, in the order in which the kinds first come."""
     shown: dict[str, list[dict]] = {}
-    for picture in tqdm(pictures(folder, how), desc="figures", unit="figure", leave=False, disable=None):
+    for picture in tqdm(pictures, desc="figures", unit="figure", leave=False, disable=None):
         drawn = Markup(inline(svg(picture.figure, picture.name)))
         wide = picture.figure.get_figwidth() > 6
         shown.setdefault(picture.kind, []).append(

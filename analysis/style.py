@@ -122,9 +122,12 @@ def save(figure: Figure, name: str, folder: Path) -> Path:
 
 def inline(text: str) -> str:
     """An SVG made here as a part of an HTML page: no header, no metadata, no id that nothing refers to (they would
-    repeat from figure to figure), no fixed size, and ink and grid in the page's colours."""
+    repeat from figure to figure), no fixed size, ink, grid and font of the page, and no digit or space nobody sees."""
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r"font-family: [^;]*; ?", "", text)
+    text = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\.\d\d)\d+", r"\1", tag[0]), text)
+    text = re.sub(r"\s*\n\s*", "\n", text)
     used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', text))
     text = re.sub(r' id="([^"]*)"', lambda match: match[0] if match[1] in used else "", text)
     head, body = text.split(">", 1)

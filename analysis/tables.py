@@ -194,5 +194,6 @@ TABLES: dict[str, Callable[[Sequence[Record]], Table]] = {
     "guanaco": guanaco,
     "sweep": sweep,
     "rivals": rivals,
+    "rivals_long": rivals,
     **dict.fromkeys(STUDIES, study),
 }

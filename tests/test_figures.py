@@ -1,6 +1,7 @@
 """Figures draw what the records and logs say, the same way every time."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -211,6 +212,16 @@ def test_the_svg_is_the_same_every_time_and_ids_differ_between_figures(scale, dr
     assert first == second
     ids = [{part.split('"')[0] for part in inline(text).split(' id="')[1:]} for text in first]
     assert all(ids) and not ids[0] & ids[1]
+
+
+def test_an_inline_svg_loses_digits_of_its_shapes_and_none_of_its_words(drawn):
+    (picture, *_) = drawn.values()
+    whole = svg(picture.figure, picture.name)
+    text = inline(whole.replace("</svg>", "<text x='0.123456'>0.123456</text></svg>"))
+    assert "<text x='0.12'>0.123456</text>" in text and "font-family" not in text
+    assert not re.search(r"\.\d{3}", re.sub(r">[^<]*<", "><", text)) and len(text) < 0.8 * len(whole)
+    words = [re.findall(r"<text[^>]*>([^<]*)<", one) for one in (whole, text)]
+    assert words[0] and words[1] == [*words[0], "0.123456"]
 
 
 def test_records_that_may_not_be_compared_are_not_drawn_together(scale, tmp_path, capsys):

@@ -183,6 +183,15 @@ def test_figures_are_inline_and_have_words(page):
     assert used and used <= {f"#{name}" for name in ids}
 
 
+def test_curves_of_many_cells_are_left_to_files(scale, text, monkeypatch):
+    count = sum(len(cells(table)) for table in scale.iterdir() if table.is_dir())
+    monkeypatch.setattr(report_module, "MOST_CURVES", count - 1)
+    many = report(scale, CLAIMS, HOW)
+    assert f"Those of {count} cells are too many for one page. They are files: python -m analysis.figures" in many
+    assert "tokens a second" in text and "tokens a second" not in many
+    assert Page(many).has("Score against rank", "h3")
+
+
 def test_a_reader_without_sight_or_mouse_finds_the_way(page):
     assert page.all("html")[0]["lang"] == "en"
     levels = [int(tag[1]) for tag, _ in page.elements if re.fullmatch("h[1-6]", tag)]

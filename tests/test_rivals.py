@@ -105,6 +105,21 @@ def test_the_cells_of_the_table_are_told_by_their_variants():
     assert TABLES["rivals"] is rivals
 
 
+def test_the_long_table_repeats_four_rivals_with_four_times_the_steps_and_no_benchmark():
+    overrides = ["scale=smoke", "table=rivals_long"]
+    found = [cell for _, cell in cells(config(*overrides), overrides)]
+    short = config("scale=smoke", "table=rivals").table.variants
+    assert {cell.method: list(short[cell.method]) for cell in found} == config(*overrides).table.variants
+    assert {(cell.config.budget.steps, tuple(cell.config.tasks.benchmarks)) for cell in found} == {(16, ())}
+    assert len(found) == 4 and TABLES["rivals_long"] is rivals
+
+
+def test_rivals_told_apart_by_held_out_loss_alone(records, table):
+    shown = rivals([Record(one.folder, one.raw | {"tasks": {}}) for one in records], HOW)
+    blocks = [block for block in table.blocks if not block.title.startswith("Score")]
+    assert list(shown.blocks) == blocks and len(blocks) < len(table.blocks)
+
+
 def test_a_variant_s_name_is_part_of_a_file_name():
     with pytest.raises(ConfigError, match=r"table\.variant is 'a/b'; as part of a file name"):
         config("scale=smoke", "table.variant=a/b")
