@@ -121,9 +121,10 @@ def _outcomes(record: Record, on: str) -> Outcomes:
 
 def sentence(picked: Pick) -> str:
     """Which rank, by what, how far it is behind the best, and what it saves."""
-    o, best = picked.outcomes, picked.best
+    o, best, cut = picked.outcomes, picked.best, picked.record.cell["method"].partition(":")[2]
     top = f"{o.unit * picked.score(best).value:.{o.digits}f}"
-    among = f"of {', '.join(map(str, picked.ranks))} on the {o.items} ({o.name}"
+    way = f", cut: {cut}" if cut else ""
+    among = f"of {', '.join(map(str, picked.ranks))} on the {o.items} ({o.name}{way}"
     if picked.rank == best:
         return f"Rank {best} is the best {among}: {top}).{_saved(picked)}"
     behind = f"{o.shown(picked.behind(picked.rank, o.choosing), signed=True)}"

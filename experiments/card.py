@@ -10,8 +10,14 @@ from experiments.cell import Cell
 from experiments.files import read_json
 from experiments.schema import Config, ExportSettings, Model
 from qdylora import Gate
+from qdylora.cut import ALPHA_OVER_B, AS_TRAINED, SVD
 
 PUBLIC = re.compile(r"package:\w+|\w[\w.-]*(/[\w.-]+)?", re.ASCII)  # of a package, or the hub's
+CUT = {
+    AS_TRAINED: "the first rows of",
+    ALPHA_OVER_B: "the first rows, rescaled to alpha/b, of",
+    SVD: "the best approximation of that rank (SVD) of",
+}
 
 
 def public_name(model: Model) -> str:
@@ -28,9 +34,9 @@ def card(cell: Cell, rank: int, settings: ExportSettings, why: str, scores: str 
         _front_matter(c, settings),
         f"# {cell.name}, rank {rank}",
         f"{_what(c, rank, settings)} {why}".strip(),
-        _facts(c, rank, spent),
+        _facts(c, rank, settings.cut, spent),
         "## Use\n\n" + _use(c, settings),
-        scores or "## Scores\n\nIt was trained, but not scored.\n",
+        scores or "## Scores\n\nIt was trained, but not scored in this form.\n",
         "## Licence\n\n" + _licence(c),
     ]
     return "\n\n".join(part.strip() for part in parts) + "\n"
@@ -53,7 +59,7 @@ def _what(c: Config, rank: int, settings: ExportSettings) -> str:
         if static
         else f"trained at ranks from {c.ranks.r_min} to {c.ranks.r_max}"
     )
-    cut = "the whole of" if rank == c.ranks.r_max else "the first rows of"
+    cut = "the whole of" if rank == c.ranks.r_max else CUT[settings.cut]
     text = f"This is {what}: {cut} an adapter {how} ({c.method.name})."
     if settings.merge and c.method.bits == 4:
         text += (
@@ -63,9 +69,10 @@ def _what(c: Config, rank: int, settings: ExportSettings) -> str:
     return text
 
 
-def _facts(c: Config, rank: int, spent: dict) -> str:
+def _facts(c: Config, rank: int, cut: str, spent: dict) -> str:
     data = spent["data"]
-    scale = Gate(c.ranks.r_max, c.method.alpha, c.method.scale).scale_at(rank)
+    rule = "alpha_over_b" if cut == ALPHA_OVER_B else c.method.scale
+    scale = Gate(c.ranks.r_max, c.method.alpha, rule).scale_at(rank)
     source = {"hub": c.data.hub.id, "generated": "tasks generated from facts", "local": "release files"}[c.source]
     budget = spent["budget"]["spent"]
     amounts = ", ".join(f"{budget[unit]:,} {unit}" for unit in ("steps", "examples", "tokens"))

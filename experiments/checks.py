@@ -51,6 +51,7 @@ def _choices(c: Config) -> Iterator[str]:
         "generate.format": (c.generate.format, ("auto", *CHAT_FORMATS)),
         "judge.kind": (c.judge.kind, ("endpoint", "local", "none")),
         "judge.prompt": (c.judge.prompt, JUDGE_PROMPTS),
+        **{f"{group}.cut": (getattr(c, group).cut, CUTS) for group in ("export", "generate", "pick")},
         **{f"ranks.cuts[{i}]": (how, CUTS) for i, how in enumerate(c.ranks.cuts)},
         **{f"tasks.benchmarks[{i}]": (name, BENCHMARKS) for i, name in enumerate(c.tasks.benchmarks)},
         **{f"tasks.limit_of.{name}": (name, BENCHMARKS) for name in c.tasks.limit_of},

@@ -1,7 +1,8 @@
 """A trained cell's adapter for use elsewhere:  python -m experiments.export data=gsm8k method=qdylora rank=8 out=FOLDER
 
 The cell may also be named by its folder (cell=FOLDER). rank=best takes the rank that validation items choose; with
-ranks=[1,8,64] `out` gets a folder for each. A folder holds a README.md and one of
+ranks=[1,8,64] `out` gets a folder for each. cut=svd takes the best approximation of that rank and
+cut=truncate_alpha_over_b rescales, for an adapter trained at one rank. A folder holds a README.md and one of
     an ordinary PEFT adapter of that rank
     merge=true             the whole model in bfloat16, which transformers loads
     gguf=true              adapter.gguf, for llama.cpp's --lora
@@ -29,7 +30,7 @@ from experiments.cli import command, quiet
 from experiments.files import new_folder
 from experiments.method import adapts_ranks
 from experiments.mistakes import ConfigError, mistakes_in
-from experiments.pick import scored
+from experiments.pick import as_cut, scored
 from experiments.schema import Config, ExportSettings
 from experiments.score import trained_adapter
 from experiments.train import base_id, base_model, base_tokenizer
@@ -54,9 +55,10 @@ class Exporting:
 
     @property
     def scores(self) -> str | None:
-        """The table of all ranks for the card, None if the cell was not scored."""
+        """The table of all ranks for the card, None if the cell was not scored, or not with its adapter cut so."""
         record = read_record(self.cell.record_file) if self.cell.record_file.is_file() else None
-        return to_markdown(scores(record)) if record and record.done else None
+        found = as_cut(record, self.settings.cut) if record and record.done else None
+        return to_markdown(scores(found)) if found else None
 
     @property
     def form(self) -> Callable[[int, Path], None]:
@@ -84,12 +86,13 @@ class Exporting:
             )
 
     def _adapter(self, rank: int, folder: Path) -> None:
-        export_rank(self.cell.adapter, rank, folder, base=public_name(self.cell.config.model))
+        base = public_name(self.cell.config.model)
+        export_rank(self.cell.adapter, rank, folder, cut=self.settings.cut, base=base)
 
     def _merged(self, rank: int, folder: Path) -> None:
         c = self.cell.config
         in_16_bits = replace(c, method=replace(c.method, bits=16), optim=replace(c.optim, compute_dtype="bfloat16"))
-        model = merge_into(base_model(Cell(in_16_bits)), self.cell.adapter, rank)
+        model = merge_into(base_model(Cell(in_16_bits)), self.cell.adapter, rank, cut=self.settings.cut)
         model.config.use_cache = True  # training goes without
         model.save_pretrained(folder)
         base_tokenizer(self.cell).save_pretrained(folder)

@@ -32,7 +32,7 @@ from experiments.mistakes import ConfigError
 from experiments.schema import Config, GenerateSettings
 from experiments.score import ranked
 from experiments.side_by_side import SideBySide
-from qdylora import at_rank
+from qdylora import at_rank, cut
 
 OPTIONS = "generate"
 
@@ -119,7 +119,7 @@ def main(config: Config) -> None:
         )
     model = engine.model.eval()
     model.config.use_cache = True
-    with dequantized(model, cell.config.tasks.dequantize):
+    with dequantized(model, cell.config.tasks.dequantize), cut(model, settings.cut):
         for prompt in prompts:
             if not sys.stdin.isatty() or settings.prompts:
                 print("\n".join(f"> {line}" for line in prompt.text.splitlines()))

@@ -13,12 +13,14 @@ from experiments.chosen import folder
 from experiments.cli import command
 from experiments.mistakes import ConfigError, mistakes_in
 from experiments.schema import Config
+from qdylora.cut import AS_TRAINED
 
 OPTIONS = "pick"
 
 
 def scored(config: Config, group: str) -> Record:
-    """The record of the cell that the command works on. ConfigError unless it has been scored."""
+    """The record of the cell that the command works on, with its adapter cut as asked. ConfigError unless it has been
+    scored so."""
     here = folder(config, group)
     if not (here / "record.json").is_file():
         raise ConfigError(f"{here} has no record.json: its adapter has not been scored; run experiments.run first")
@@ -26,7 +28,18 @@ def scored(config: Config, group: str) -> Record:
         record = read_record(here / "record.json")
     if not record.done:
         raise ConfigError(f"{record.name} has no scores: it ended with status {record.raw['status']}; run it again")
-    return record
+    cut = getattr(config, group).cut
+    if (found := as_cut(record, cut)) is None:
+        cuts = ", ".join([AS_TRAINED, *record.cuts])
+        raise ConfigError(f"{group}.cut is {cut!r}, in which {record.name} was not scored; choose one of {cuts}")
+    return found
+
+
+def as_cut(record: Record, cut: str) -> Record | None:
+    """The record's results with the adapter cut in this way; None if it was not scored so."""
+    if cut == AS_TRAINED:
+        return record
+    return record.cut(cut) if cut in record.cuts else None
 
 
 def main(config: Config) -> None:

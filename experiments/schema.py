@@ -215,10 +215,12 @@ class JudgeSettings:
 @dataclass
 class ExportSettings:
     """A cell's adapter for use elsewhere (`experiments.export`). cell: its folder, instead of overrides. rank: one, or
-    `best` (the default), the one that validation items choose; or several `ranks`, a folder each in `out`. merge: the
-    whole model in 16 bits instead of the adapter. gguf: for llama.cpp."""
+    `best` (the default), the one that validation items choose; or several `ranks`, a folder each in `out`. cut: how it
+    is cut to that rank, see `qdylora.cut`. merge: the whole model in 16 bits instead of the adapter. gguf: for
+    llama.cpp."""
 
     cell: str | None = None
+    cut: str = "truncate"
     rank: Any = None
     ranks: list[int] = field(default_factory=list)
     out: str | None = None
@@ -228,9 +230,11 @@ class ExportSettings:
 
 @dataclass
 class GenerateSettings(Answering):
-    """Prompts answered side by side (`experiments.generate`), by default those typed. cell: as in ExportSettings."""
+    """Prompts answered side by side (`experiments.generate`), by default those typed. cell, cut: as in
+    ExportSettings."""
 
     cell: str | None = None
+    cut: str = "truncate"
     ranks: list[int] = field(default_factory=lambda: [1, 8, 64])
     max_new_tokens: int = 256
     sampling_seed: int = 0
@@ -238,11 +242,12 @@ class GenerateSettings(Answering):
 
 @dataclass
 class PickSettings:
-    """The smallest rank that is good enough (`experiments.pick`). cell: as in ExportSettings. within: how far from the
-    best score, a share of it (1%) or a number in the metric's unit. on: a benchmark, or `heldout` for the loss; by
+    """The smallest rank that is good enough (`experiments.pick`). cell, cut: as in ExportSettings. within: how far from
+    the best score, a share of it (1%) or a number in the metric's unit. on: a benchmark, or `heldout` for the loss; by
     default the cell's first benchmark."""
 
     cell: str | None = None
+    cut: str = "truncate"
     within: Any = "1%"
     on: str | None = None
 

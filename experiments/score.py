@@ -30,9 +30,9 @@ from experiments.monitor import sequences
 from experiments.schema import Config
 from experiments.train import base_model, base_tokenizer
 from qdylora import cut, load_adapter
+from qdylora.cut import AS_TRAINED
 
 SPLITS = ("validation", "test")
-AS_TRAINED = "truncate"  # how an adapter is used at a lower rank where nothing else is said
 
 
 def score(cell: Cell) -> dict:

@@ -38,10 +38,13 @@ class RankSettings:
     @classmethod
     def load(cls, folder: Path) -> RankSettings:
         """Raises FileNotFoundError where `folder` holds no adapter trained here."""
-        file = Path(folder) / SETTINGS_FILE
-        if not file.exists():
+        if not trained_here(folder):
             raise FileNotFoundError(f"{folder} has no {SETTINGS_FILE}: it is not an adapter trained by qdylora")
-        return cls(**json.loads(file.read_text()))
+        return cls(**json.loads((Path(folder) / SETTINGS_FILE).read_text()))
+
+
+def trained_here(folder: str | Path) -> bool:
+    return (Path(folder) / SETTINGS_FILE).exists()
 
 
 def attach(

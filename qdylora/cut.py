@@ -11,13 +11,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from peft import PeftModel
 
 from qdylora.adapter import gate_of, lora_layers
-from qdylora.export import svd_factors
 from qdylora.gate import Gate
 
-CUTS = ("truncate", "truncate_alpha_over_b", "svd")
+AS_TRAINED = "truncate"  # how an adapter is used at a lower rank where nothing else is said
+ALPHA_OVER_B, SVD = "truncate_alpha_over_b", "svd"
+CUTS = (AS_TRAINED, ALPHA_OVER_B, SVD)
 
 
 @contextmanager
@@ -26,12 +28,10 @@ def cut(model: PeftModel, how: str) -> Iterator[None]:
 
     At r_max, alpha/b and SVD leave a LoRA adapter as it is. ValueError for an unknown way.
     """
-    if how not in CUTS:
-        raise ValueError(f"cut is {how!r}; choose one of {', '.join(CUTS)}")
     gate = gate_of(model)
-    if how == "truncate":
+    if checked(how) == AS_TRAINED:
         yield
-    elif how == "truncate_alpha_over_b":
+    elif how == ALPHA_OVER_B:
         with gate.scaled("alpha_over_b"):
             yield
     else:
@@ -42,6 +42,31 @@ def cut(model: PeftModel, how: str) -> Iterator[None]:
         finally:
             for weight, values in before:
                 weight.data = values
+
+
+def checked(how: str) -> str:
+    """`how`; ValueError unless it is one of CUTS."""
+    if how not in CUTS:
+        raise ValueError(f"cut is {how!r}; choose one of {', '.join(CUTS)}")
+    return how
+
+
+def svd_factors(
+    A: torch.Tensor, B: torch.Tensor, scale: float, rank: int, new_scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A' (rank, in) and B' (out, rank) with new_scale B' A' the best rank-b approximation of scale B A.
+
+    A is (r, in) and B (out, r). By QR of both factors the SVD is only of an (r, r) matrix. Where a layer is
+    narrower than `rank`, the rows and columns that have nothing to do are zero.
+    """
+    Q_B, R_B = torch.linalg.qr(B.double())
+    Q_A, R_A = torch.linalg.qr(A.double().T)
+    U, S, Vh = torch.linalg.svd(R_B @ R_A.T * (scale / new_scale), full_matrices=False)
+    root = S[:rank].sqrt()
+    new_A = (Vh[:rank] * root[:, None]) @ Q_A.T
+    new_B = (Q_B @ U[:, :rank]) * root
+    idle = rank - len(root)
+    return F.pad(new_A, (0, 0, 0, idle)).to(A.dtype), F.pad(new_B, (0, idle)).to(B.dtype)
 
 
 def _decompose(model: PeftModel, gate: Gate) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:

@@ -4,13 +4,14 @@ import json
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tiny import adapted, base, tokens
+from tiny import adapted, base, randomize_B, tokens
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from qdylora import RankSettings, at_rank, export_rank, gate_of, load_adapter, merge_into
+from qdylora import CUTS, RankSettings, at_rank, export_rank, gate_of, load_adapter, merge_into
+from qdylora import cut as cut_in
 
 FAMILIES = ["llama", "falcon"]
 SCALES = {
@@ -119,7 +120,7 @@ def test_rank_settings_come_back_from_the_file_as_they_were(tmp_path):
 def test_svd_equals_the_truncated_svd_of_the_full_product(scale, cache, tmp_path):
     source = save(adapted("llama", 32, cache, scale=scale), tmp_path / "checkpoint")
     for b in range(1, 9):
-        cut = factors(export_rank(source, b, tmp_path / f"svd-{b}", svd=True))
+        cut = factors(export_rank(source, b, tmp_path / f"svd-{b}", cut="svd"))
         for name, (A, B) in factors(source).items():
             full = SCALES[scale](8) * B.double() @ A.double()
             U, S, Vh = torch.linalg.svd(full, full_matrices=False)
@@ -143,7 +144,7 @@ def test_svd_equals_the_truncated_svd_of_the_full_product(scale, cache, tmp_path
 @pytest.mark.parametrize("family", FAMILIES)
 def test_stock_peft_at_full_rank_of_the_svd_equals_the_adapter(family, scale, cache, tmp_path):
     model = adapted(family, 32, cache, scale=scale)
-    target = export_rank(save(model, tmp_path / "checkpoint"), 8, tmp_path / "svd", svd=True)
+    target = export_rank(save(model, tmp_path / "checkpoint"), 8, tmp_path / "svd", cut="svd")
     got = logits(PeftModel.from_pretrained(base(family, 32, cache), str(target)))
     assert_close(got, logits(model), rtol=1e-4, atol=1e-5)
 
@@ -152,7 +153,7 @@ def test_stock_peft_at_full_rank_of_the_svd_equals_the_adapter(family, scale, ca
 def test_svd_of_layers_narrower_than_the_rank(b, cache, tmp_path):
     """k_proj of the tiny LLaMA puts out 32 numbers, so its product has rank 32 at most."""
     model = adapted("llama", 32, cache, r_max=40)
-    target = export_rank(save(model, tmp_path / "checkpoint"), b, tmp_path / "svd", svd=True)
+    target = export_rank(save(model, tmp_path / "checkpoint"), b, tmp_path / "svd", cut="svd")
     for name, (A, B) in factors(target).items():
         assert (A.shape[0], B.shape[1]) == (b, b), name
     stock = PeftModel.from_pretrained(base("llama", 32, cache), str(target))
@@ -204,6 +205,84 @@ def test_merging_into_a_4_bit_base_is_refused(cache, tmp_path):
         merge_into(base("llama", 4, cache), source, 3)
 
 
+# Adapters of one rank -------------------------------------------------------------------------------
+
+
+def saved_by_peft(folder, cache, r=8, **kwargs):
+    """An ordinary LoRA adapter, made and saved by stock PEFT alone."""
+    torch.manual_seed(1)
+    config = LoraConfig(r=r, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM", **kwargs)
+    model = get_peft_model(base("llama", 32, cache), config)
+    randomize_B(model)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("how", CUTS)
+@pytest.mark.parametrize("rslora", [False, True])
+def test_any_lora_adapter_of_peft_is_cut_to_a_lower_rank(rslora, how, cache, tmp_path):
+    model = saved_by_peft(tmp_path / "lora", cache, use_rslora=rslora)
+    trained = 16 / 8**0.5 if rslora else 16 / 8
+    for b in (1, 3, 8):
+        target = export_rank(tmp_path / "lora", b, tmp_path / f"rank-{b}", cut=how)
+        stock = PeftModel.from_pretrained(base("llama", 32, cache), str(target))
+        layers = dict(stock.named_modules())
+        for name, layer in model.named_modules():
+            if hasattr(layer, "lora_A"):
+                A, B = layer.lora_A["default"].weight.double(), layer.lora_B["default"].weight.double()
+                if how == "svd":
+                    U, S, Vh = torch.linalg.svd(trained * B @ A, full_matrices=False)
+                    want = (U[:, :b] * S[:b]) @ Vh[:b]
+                else:
+                    want = trained * (8 / b if how == "truncate_alpha_over_b" else 1) * B[:, :b] @ A[:b]
+                got = layers[name].get_delta_weight("default").double()
+                assert_close(got, want, rtol=1e-5, atol=1e-6)
+    assert_close(logits(stock), logits(model), rtol=1e-4, atol=1e-5)  # of rank 8, all of it
+
+
+@pytest.mark.parametrize("how", CUTS)
+@pytest.mark.parametrize("scale", SCALES)
+def test_a_cut_on_file_is_the_cut_in_place(scale, how, cache, tmp_path):
+    model = adapted("llama", 32, cache, scale=scale)
+    source = save(model, tmp_path / "checkpoint")
+    for b in (1, 5):
+        target = export_rank(source, b, tmp_path / f"rank-{b}", cut=how)
+        with cut_in(model, how), at_rank(model, b):
+            want = logits(model)
+        assert_close(logits(PeftModel.from_pretrained(base("llama", 32, cache), str(target))), want, **EXACT)
+        assert_close(logits(merge_into(base("llama", 32, cache), source, b, cut=how)), want, rtol=1e-4, atol=1e-4)
+
+
+def test_how_to_cut_an_adapter_of_one_rank_must_be_said(cache, tmp_path):
+    saved_by_peft(tmp_path / "lora", cache)
+    with pytest.raises(ValueError, match=r"trained at one rank, not by qdylora, so say how to cut it: cut='svd'"):
+        export_rank(tmp_path / "lora", 4, tmp_path / "out")
+    with pytest.raises(ValueError, match="cut is 'qr'; choose one of truncate, truncate_alpha_over_b, svd"):
+        export_rank(tmp_path / "lora", 4, tmp_path / "out", cut="qr")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "kwargs, says",
+    [
+        ({"use_dora": True}, "has use_dora, which a plain LoRA of one rank does not"),
+        ({"rank_pattern": {"q_proj": 4}, "alpha_pattern": {"q_proj": 4}}, "has rank_pattern and alpha_pattern, which"),
+        ({"lora_bias": True}, "has lora_bias, which"),
+    ],
+)
+def test_an_adapter_that_is_no_plain_lora_is_refused(kwargs, says, cache, tmp_path):
+    saved_by_peft(tmp_path / "lora", cache, **kwargs)
+    with pytest.raises(ValueError, match=says):
+        export_rank(tmp_path / "lora", 2, tmp_path / "out", cut="svd")
+
+
+def test_an_adapter_of_an_embedding_is_refused(cache, tmp_path):
+    config = LoraConfig(r=8, target_modules=["embed_tokens", "q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(base("llama", 32, cache), config).save_pretrained(tmp_path / "lora")
+    with pytest.raises(ValueError, match=r"adapts a layer that is not linear: .*embed_tokens\.lora_embedding_A"):
+        export_rank(tmp_path / "lora", 2, tmp_path / "out", cut="svd")
+
+
 # Refusals -------------------------------------------------------------------------------------------
 
 
@@ -218,13 +297,11 @@ def test_a_rank_outside_1_to_r_max_is_refused_and_writes_nothing(rank, cache, tm
         merge_into(base("llama", 32, cache), source, rank)
 
 
-def test_a_folder_without_rank_settings_is_refused(cache, tmp_path):
+def test_a_folder_without_rank_settings_is_not_loaded_as_an_any_rank_adapter(cache, tmp_path):
     """Such as an export, which is an ordinary PEFT adapter of one rank."""
     source = save(adapted("llama", 32, cache), tmp_path / "checkpoint")
     exported = export_rank(source, 3, tmp_path / "rank-3")
     sentence = "rank-3 has no qdylora.json: it is not an adapter trained by qdylora"
-    with pytest.raises(FileNotFoundError, match=sentence):
-        export_rank(exported, 2, tmp_path / "out")
     with pytest.raises(FileNotFoundError, match=sentence):
         load_adapter(base("llama", 32, cache), exported)
     with pytest.raises(FileNotFoundError, match=sentence):

@@ -16,7 +16,7 @@ from tiny import base, tokens
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qdylora import load_adapter, load_base, set_rank
+from qdylora import export_rank, load_adapter, load_base, set_rank
 from qdylora.base import byte_tokenizer
 from tests.commands import inside
 
@@ -75,6 +75,18 @@ def test_stock_peft_loads_the_adapter_with_the_logits_of_its_rank(home, at_8):
     loaded = PeftModel.from_pretrained(stock_base(home), str(home / "as-adapter"))
     assert_close(logits(loaded), at_8, rtol=1e-5, atol=1e-5)
     assert (at_8 - logits(stock_base(home))).abs().max() > 0.01
+
+
+def test_the_adapter_is_cut_as_asked_and_the_card_says_how(home):
+    export(home, "rank=8", "cut=svd", "out=svd")
+    export_rank(home / CELL / "adapter", 8, home / "svd-by-hand", cut="svd")
+    got, want = (load_file(home / f"{name}/adapter_model.safetensors") for name in ("svd", "svd-by-hand"))
+    assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
+    card = (home / "svd/README.md").read_text()
+    assert "the best approximation of that rank (SVD) of an adapter trained at ranks from 1 to 64" in card
+    assert "It was trained, but not scored in this form." in card and "| rank | held-out loss" not in card
+    done = inside(COMMAND, f"cell={CELL}", "cut=svd", "out=best", cwd=home)
+    assert done.returncode == 2 and "export.cut is 'svd', in which tiny--alpaca--qdylora--seed0 was not" in done.stderr
 
 
 def test_several_ranks_go_to_a_folder_each_and_the_cell_may_be_described(home):

@@ -16,7 +16,7 @@ from tiny import LLAMA, base
 from experiments.data.formats import ALPACA_NO_INPUT
 from experiments.generate import SameNoise
 from experiments.side_by_side import SideBySide, wrapped
-from qdylora import load_adapter, load_tokenizer, set_rank
+from qdylora import at_rank, cut, load_adapter, load_tokenizer
 from tests.commands import inside
 
 COMMAND = "experiments.generate"
@@ -58,8 +58,8 @@ def columns(printed: str) -> list[list[str]]:
         _, head, rule, *lines = part.rstrip("\n").split("\n")
         ends = [len(dashes) for dashes in rule.split(" | ")]
         assert len(head.split(" | ")) == len(ends)
-        cut = [[line[sum(ends[:k]) + 3 * k :][: ends[k]] for line in lines] for k in range(len(ends))]
-        answers.append(["\n".join(line.rstrip() for line in column).rstrip() for column in cut])
+        shown = [[line[sum(ends[:k]) + 3 * k :][: ends[k]] for line in lines] for k in range(len(ends))]
+        answers.append(["\n".join(line.rstrip() for line in column).rstrip() for column in shown])
     return answers
 
 
@@ -68,17 +68,18 @@ def wide(monkeypatch):
     monkeypatch.setenv("COLUMNS", "400")
 
 
-def test_without_temperature_every_rank_answers_as_stock_generation_does(home, wide):
+@pytest.mark.parametrize("how", ["truncate", "svd"])
+def test_without_temperature_every_rank_answers_as_stock_generation_does(how, home, wide):
     model = load_adapter(base("llama", 32, home), home / CELL / "adapter").eval()
     tokenizer = load_tokenizer("random", cache=home, random_config=LLAMA)
-    printed = columns(generate(home, "prompts=prompts.jsonl", "ranks=[1,8,64]", "temperature=0"))
+    printed = columns(generate(home, "prompts=prompts.jsonl", "ranks=[1,8,64]", "temperature=0", f"cut={how}"))
     assert len(printed) == len(PROMPTS)
     different = set()
     for prompt, found in zip(PROMPTS, printed, strict=True):
         ids = tokenizer(ALPACA_NO_INPUT.format(instruction=prompt), return_tensors="pt").input_ids
         for rank, answer in zip((1, 8, 64), found, strict=True):
-            set_rank(model, rank)
-            new = model.generate(input_ids=ids, max_new_tokens=24, do_sample=False)[0, ids.shape[1] :]
+            with cut(model, how), at_rank(model, rank):
+                new = model.generate(input_ids=ids, max_new_tokens=24, do_sample=False)[0, ids.shape[1] :]
             text = tokenizer.decode(new, skip_special_tokens=True).strip()
             assert answer == "\n".join(wrapped(text, 131)).rstrip()
             different.add(text)

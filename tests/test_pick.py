@@ -54,6 +54,17 @@ def test_the_interval_is_that_of_differences_paired_by_item(on):
     assert (estimate.low, estimate.high) == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=0.3 * scale)
 
 
+@pytest.mark.parametrize("how", ["svd", "truncate_alpha_over_b"])
+def test_an_adapter_cut_in_another_way_is_picked_by_what_it_scores_so(how, tmp_path):
+    qlora = GOLDEN / "smollm2-135m--gsm8k--qlora--seed0"
+    scores = json.loads((qlora / "record.json").read_text())["cuts"][how]["tasks"]["gsm8k"]["splits"]["validation"]
+    percent = {int(rank): 100 * score["value"] for rank, score in scores["ranks"].items()}
+    want = min(rank for rank in percent if percent[rank] >= max(percent.values()) - 10 - 1e-6)
+    done = inside("experiments.pick", f"cell={qlora}", "within=10", f"cut={how}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"Rank {want} is the ") and f"(GSM8K exact match, %, cut: {how}" in done.stdout
+
+
 @pytest.fixture
 def cell(tmp_path) -> Path:
     """A finished cell whose record knows its adapter's sizes."""
@@ -84,6 +95,11 @@ BAD = {
     "no distance": ("within is 'near'; give a share", ["within=near"]),
     "a negative distance": ("within is '-1%'", ["within=-1%"]),
     "an unknown measure": ("on is 'mmlu', which .* was not scored on; choose one of gsm8k, heldout", ["on=mmlu"]),
+    "an unknown cut": ("pick.cut is 'qr'; choose one of truncate", ["cut=qr"]),
+    "a cut that was not scored": (
+        "pick.cut is 'svd', in which .* was not scored; choose one of truncate$",
+        ["cut=svd"],
+    ),
     "a described and a named cell": ("leave out data=gsm8k", ["data=gsm8k"]),
 }
 

@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import base, tokens
 from torch.testing import assert_close
 
@@ -78,3 +78,12 @@ def test_the_way_with_a_plain_loop(tiny, tmp_path, monkeypatch):
     stock = PeftModel.from_pretrained(load_base(str(tiny), 32, torch.float32), "cut")
     with at_rank(model, 5):
         assert_close(logits(stock), logits(model), rtol=1e-5, atol=1e-5)
+
+
+def test_the_way_with_any_lora_adapter(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = LoraConfig(r=64, target_modules="all-linear", task_type="CAUSAL_LM")
+    get_peft_model(load_base(str(tiny), 32, torch.float32), config).save_pretrained("lora-of-rank-64")
+    exec(blocks()[2], {"export_rank": export_rank})
+    stock = PeftModel.from_pretrained(load_base(str(tiny), 32, torch.float32), "lora-of-rank-8")
+    assert stock.peft_config["default"].r == 8
