@@ -24,8 +24,12 @@ NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "outpu
 WIDTH, HIDDEN, LAYERS, HEADS, KV_HEADS = 64, 128, 2, 4, 2
 
 
-def write(file: Path, seed: int = 0) -> Path:
-    """A random model with a byte tokenizer and one merge; its matrices are in Q4_0, as small models are handed out."""
+Q4, F32 = gguf.GGMLQuantizationType.Q4_0, gguf.GGMLQuantizationType.F32
+
+
+def write(file: Path, seed: int = 0, kind: gguf.GGMLQuantizationType = Q4) -> Path:
+    """A random model with a byte tokenizer and one merge; its matrices are in Q4_0, as small models are handed out, or
+    of another kind."""
     rng = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(file, "llama")
     writer.add_name("tiny")
@@ -38,7 +42,7 @@ def write(file: Path, seed: int = 0) -> Path:
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_dimension_count(WIDTH // HEADS)
     writer.add_rope_freq_base(10000.0)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_0)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_0 if kind == Q4 else gguf.LlamaFileType.ALL_F32)
     tokens = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "th"]
     writer.add_vocab_size(len(tokens))
     writer.add_tokenizer_model("gpt2")
@@ -59,11 +63,10 @@ def write(file: Path, seed: int = 0) -> Path:
         "ffn_up": (HIDDEN, WIDTH),
         "ffn_down": (WIDTH, HIDDEN),
     }
-    q4 = gguf.GGMLQuantizationType.Q4_0
     for layer in range(LAYERS):
         for name, shape in shapes.items():
             weight = rng.normal(0, 0.2, shape).astype(np.float32)
-            writer.add_tensor(f"blk.{layer}.{name}.weight", gguf.quantize(weight, q4), raw_dtype=q4)
+            writer.add_tensor(f"blk.{layer}.{name}.weight", gguf.quantize(weight, kind), raw_dtype=kind)
         for name in ("attn_norm", "ffn_norm"):
             writer.add_tensor(f"blk.{layer}.{name}.weight", rng.uniform(0.5, 1.5, WIDTH).astype(np.float32))
     for name in ("token_embd", "output"):
