@@ -68,7 +68,7 @@ figures: setup  ## the figures of all that has run at SCALE, as SVG and PNG
 report: setup  ## one static page of all that has run at SCALE: outputs/SCALE/report.html
 	$(PYTHON) -m analysis.report outputs/$(SCALE)
 
-keep: setup  ## copy the results of SCALE to experiments/results, with their report
+keep: setup  ## copy the results of SCALE to experiments/results, and make their figures and report there
 	$(PYTHON) -m experiments.keep scale=$(SCALE) $(ARGS)
 	$(PYTHON) -m analysis.figures experiments/results/$(SCALE)
 	$(PYTHON) -m analysis.report experiments/results/$(SCALE)
