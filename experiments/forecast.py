@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from peft import PeftModel
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -58,8 +59,16 @@ def usable(settings: MemoryForecast) -> int:
 
 def model_of(config: Config) -> PeftModel:
     """The cell's model with its adapter, without weights."""
-    base = base_without_weights(architecture(config), **base_settings(config))
+    base = base_without_weights(architecture(config), **base_settings(on_a_gpu(config)))
     return without_weights(lambda: adapted(base, config))
+
+
+def on_a_gpu(config: Config) -> Config:
+    """`config` with the compute type that `auto` is on a GPU: this machine's, or bfloat16 where it has none."""
+    left_open = config.optim.compute_dtype == "auto" and config.method.bits != 32
+    if torch.cuda.is_available() or not left_open:
+        return config
+    return replace(config, optim=replace(config.optim, compute_dtype="bfloat16"))
 
 
 def architecture(config: Config) -> PreTrainedConfig:

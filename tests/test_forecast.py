@@ -19,7 +19,7 @@ from experiments.bench_forecast import Setting, Step, forecast_of, measured_peak
 from experiments.cell import Cell
 from experiments.config import CONF
 from experiments.files import read_json
-from experiments.forecast import architecture, shape_of, training_of, why_not
+from experiments.forecast import architecture, on_a_gpu, shape_of, training_of, why_not
 from experiments.schema import MemoryForecast
 from qdylora import attach, load_base
 from qdylora.base import base_without_weights, contiguous_head_input, gguf_file
@@ -252,6 +252,16 @@ def test_a_cells_step_is_forecast_as_it_is_trained():
     assert training_of(c) == Training("adamw", False, accumulate=False, masked=True)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU here answers for itself")
+@pytest.mark.parametrize(
+    ("asked", "bits", "found"),
+    [("auto", 4, "bfloat16"), ("auto", 16, "bfloat16"), ("auto", 32, "auto"), ("float32", 4, "float32")],
+)
+def test_a_forecast_made_without_a_gpu_does_not_depend_on_this_cpu(asked, bits, found):
+    c = config("scale=smoke", f"optim.compute_dtype={asked}", f"method.bits={bits}")
+    assert on_a_gpu(c) == replace(c, optim=replace(c.optim, compute_dtype=found))
+
+
 def test_the_verdict_counts_what_can_be_paged():
     memory = Forecast(dict.fromkeys(PARTS, 0) | {"base_rest": 10 << 30, "optimizer": 2 << 30}, 2 << 30, 0)
     assert why_not(memory, MemoryForecast(gpu_gb=11, reserve_gb=1)) is None
@@ -290,6 +300,8 @@ def test_the_command_prints_and_writes_the_table(tmp_path):
     assert int(lines["largest micro-batch"][-2]) > int(lines["largest micro-batch"][-1]) > 4
     written = json.loads((tmp_path / "outputs/forecast/smoke--tiny--alpaca--qdylora.json").read_text())
     assert set(written["forecasts"]["checkpointed"]["parts"]) == set(PARTS)
+    if not torch.cuda.is_available():
+        assert written["compute_dtype"] == "bfloat16" and "4-bit base, bfloat16 compute" in done.stdout
     done = inside("experiments.forecast", "scale=smoke", "model.random=null", "model.id=no-such/model", cwd=tmp_path)
     assert done.returncode == 2 and "model.architecture is not set and no-such/model" in done.stderr
 
