@@ -29,7 +29,15 @@ def protocol(records: Sequence[Record], *tasks: str) -> list[str]:
     seeds = Counter((r.cell["model"], r.cell["data"], r.cell["method"], budget_of(r)) for r in done).values()
     if seeds:
         notes.append(f"Training seeds per cell: {_range(min(seeds), max(seeds))}.")
-    return notes
+    return notes + _mixed_types(done)
+
+
+def _mixed_types(done: Sequence[Record]) -> list[str]:
+    """Says so where not all base models computed in one type, as on machines with and without bfloat16."""
+    cells = {record.folder: record.raw.get("compute_dtype") for record in done}  # a cell once, however it was cut
+    found = Counter(cells.values())
+    parts = ", ".join(f"{name or 'not recorded'} in {count}" for name, count in sorted(found.items(), key=str))
+    return [f"Cells by the type their base model computed in: {parts}."] if len(found) > 1 else []
 
 
 def _asked(records: Sequence[Record], task: str) -> list[str]:

@@ -117,6 +117,16 @@ def test_title_says_the_scale_and_footnotes_the_protocol(records):
     assert "95% interval, 2,000 bootstrap resamples of the items, seed 0" in notes
 
 
+def test_cells_that_computed_in_another_type_are_counted(records):
+    types = ["float32"] + ["bfloat16"] * (len(records) - 1)
+    named = [Record(r.folder, {**r.raw, "compute_dtype": kind}) for r, kind in zip(records, types, strict=True)]
+    done = [r.raw["compute_dtype"] for r in named if r.done]
+    counts = ", ".join(f"{kind} in {done.count(kind)}" for kind in ("bfloat16", "float32"))
+    notes = table1(named, how=HOW).footnotes
+    assert f"Cells by the type their base model computed in: {counts}." in notes
+    assert not any("computed in" in note for note in table1(named[1:], how=HOW).footnotes)
+
+
 def test_the_widest_table_fits_160_columns(records):
     many = [*renamed(records, "smollm2-135m"), *renamed(records, "llama2-13b")]
     lines = to_markdown(table1(many, published.qlora_table5(), HOW)).splitlines()
