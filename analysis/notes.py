@@ -7,6 +7,10 @@ from analysis.records import Record, budget_of, item_groups
 from analysis.stats import Bootstrap
 
 CHANCE = {"mmlu": 25}  # percent, by guessing
+SEEDS = (
+    "With several training seeds it holds their spread too (Student's t), with one it says nothing about another "
+    "training run."
+)
 
 
 def scope(records: Sequence[Record], task: str | None = None) -> str:
@@ -75,8 +79,7 @@ def reading(how: Bootstrap) -> list[str]:
         "in the paper, ties to the smaller; by validation: the best rank on validation items, which the "
         "score does not use. truncated: QLoRA's adapter cut to a lower rank.",
         f"[low, high]: {100 * how.level:g}% interval, {how.resamples:,} bootstrap resamples of the items, "
-        f"seed {how.seed}. With several training seeds it holds their spread too (Student's t), with one it "
-        "says nothing about another training run. Best on test: for the true score of the rank chosen; its "
+        f"seed {how.seed}. {SEEDS} Best on test: for the true score of the rank chosen; its "
         "lower end chooses the rank again in every resample, so it lies further off. Differences are paired "
         "by item.",
         "best - by val.: best on test minus the test score of the rank chosen on validation. bootstrap: by "

@@ -9,7 +9,7 @@ import pandas as pd
 from analysis.grid import DATA_NAMES, METHODS, key, mean_score, ordered, percent, points
 from analysis.grid import Run as Scores
 from analysis.layout import Block, Cell, Row, Table
-from analysis.notes import protocol, scope
+from analysis.notes import SEEDS, protocol, scope
 from analysis.records import Record, check_comparable, heldout_items
 from analysis.stats import DEFAULT, DIFFERENCE, REAL, Bootstrap, mean_at, paired
 
@@ -173,7 +173,6 @@ def _reading(how: Bootstrap) -> list[str]:
         "column. AdaLoRA has one rank: the average over its layers.",
         "met: the difference is within what the block's title allows; *: so is its whole interval.",
         f"[low, high]: {100 * how.level:g}% interval, {how.resamples:,} bootstrap resamples of the items, seed "
-        f"{how.seed}. Differences are paired by item. With one training seed the intervals say nothing about another "
-        "training run.",
+        f"{how.seed}. Differences are paired by item. {SEEDS}",
         "Blank: not run, or nothing to compare with.",
     ]

@@ -7,7 +7,7 @@ from statistics import mean
 from analysis.grid import DATA_NAMES, key, percent
 from analysis.grid import Run as Scores
 from analysis.layout import Block, Cell, Row, Table
-from analysis.notes import protocol, scope
+from analysis.notes import SEEDS, protocol, scope
 from analysis.records import Record, check_same_tasks
 from analysis.rivals import Rival
 from analysis.stats import DEFAULT, Bootstrap
@@ -92,8 +92,7 @@ def _reading(how: Bootstrap) -> list[str]:
     return [
         "Scores are at the rank trained, which is in brackets. ±: one standard error.",
         f"[low, high]: {100 * how.level:g}% interval, {how.resamples:,} bootstrap resamples of the items, seed "
-        f"{how.seed}; the difference to the first variant is paired by item. With one training seed it says nothing "
-        "about another training run.",
+        f"{how.seed}; the difference to the first variant is paired by item. {SEEDS}",
         "seconds: of the training steps. peak: most memory in use in training, of the GPU, or on a machine without one "
         "of the whole process, which holds the libraries too.",
     ]
