@@ -1,7 +1,8 @@
 """Keep the results of a scale in the repository:  make keep SCALE=small
 
-Copies finished cells (records, items, logs) and tables from outputs/<scale> to experiments/results/<scale>; adapters
-and checkpoints stay where they are. Kept records make tables as those in outputs/ do, without running anything:
+Copies finished cells (records, items, logs) and tables from outputs/<scale> to experiments/results/<scale>, and beside
+it the forecasts of memory, which claims need; adapters and checkpoints stay where they are. Kept records make tables as
+those in outputs/ do, without running anything:
 make rivals SCALE=small SOURCE=local ROOT=FOLDER ARGS=outputs=experiments/results
 """
 
@@ -21,18 +22,21 @@ OF_A_TABLE = ("*.md", "*.tex", "*.csv")
 
 
 def kept(scale: Path) -> list[Path]:
-    """Files under outputs/<scale> that belong to results. Cells that were put aside (`name~digest`) do not."""
+    """Files of outputs/ that belong to the results of `scale`, a folder there; none if no cell of it has ended. Cells
+    that were put aside (`name~digest`) do not."""
     cells = [record.parent for record in sorted(scale.glob("*/*/record.json")) if "~" not in record.parent.name]
     tables = sorted({cell.parent for cell in cells})
     of_cells = [file for cell in cells for pattern in OF_A_CELL for file in sorted(cell.glob(pattern))]
-    return of_cells + [file for table in tables for pattern in OF_A_TABLE for file in sorted(table.glob(pattern))]
+    of_tables = [file for table in tables for pattern in OF_A_TABLE for file in sorted(table.glob(pattern))]
+    forecasts = sorted((scale.parent / "forecast").glob("*.json")) if cells else []
+    return of_cells + of_tables + forecasts
 
 
 def keep(scale: Path, results: Path) -> int:
-    """Copy the results of outputs/<scale> into `results`/<scale>; returns how many files."""
+    """Copy the results of outputs/<scale> into `results`; returns how many files."""
     files = kept(scale)
     for file in files:
-        target = results / scale.name / file.relative_to(scale)
+        target = results / file.relative_to(scale.parent)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, target)
     return len(files)

@@ -21,7 +21,10 @@ def test_finished_cells_and_tables_are_kept_and_nothing_else(tmp_path):
     (scale / "rivals/unfinished").mkdir()
     shutil.copytree(cell, cell.with_name(f"{cell.name}~0123456789ab"))
     (scale / "rivals/rivals.md").write_text("| |")
+    (tmp_path / "outputs/forecast").mkdir()
+    (tmp_path / "outputs/forecast/paper--llama.json").write_text("{}\n")
     keep(scale, results)
+    assert (results / "forecast/paper--llama.json").read_text() == "{}\n"  # where claims look for them
     there = results / "mini/rivals"
     assert {path.name for path in there.iterdir()} == {path.name for path in GOLDEN.iterdir()} | {"rivals.md"}
     assert {path.name for path in (there / cell.name).iterdir()} <= {"record.json", "items", "log.jsonl"}
