@@ -18,8 +18,8 @@ from qdylora.adalora import is_adalora
 def worth_merging(model: PeftModel) -> bool:
     """Whether `merged` changes nothing but rounding, and has room: the base's layers under LoRA are plain float32
     ones (in 16 bits the sum would be rounded once more), and twice the space of their weights is free. Not for AdaLoRA,
-    whose product is not the gate's."""
-    if is_adalora(model):
+    whose product is not the gate's, nor where the adapter is switched off."""
+    if is_adalora(model) or any(layer.disable_adapters for layer in lora_layers(model).values()):
         return False
     layers = [layer.get_base_layer() for layer in lora_layers(model).values()]
     plain = all(isinstance(layer, nn.Linear) and layer.weight.dtype == torch.float32 for layer in layers)

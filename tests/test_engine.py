@@ -164,6 +164,15 @@ def test_unpacking_the_base_once_changes_no_number(family, cache, monkeypatch):
         assert not done
 
 
+def test_with_the_adapter_switched_off_the_base_is_scored(model):
+    pair = ([5, 6, 9], [7, 8])
+    adapted_too, _ = slow_loglikelihood(model, *pair)
+    with dequantized(model, "always"), model.disable_adapter():  # in float32, where the adapter would be merged
+        want, _ = slow_loglikelihood(model, *pair)
+        got, _ = engine(model).loglikelihood([pair])
+    assert got == pytest.approx(want, abs=2e-5) and abs(want - adapted_too) > 1e-2
+
+
 def test_an_adapter_is_merged_only_into_float32_where_there_is_room(cache, monkeypatch):
     assert worth_merging(adapted("llama", 32, cache))
     assert not worth_merging(adapted("llama", 4, cache))
