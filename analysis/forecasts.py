@@ -36,7 +36,12 @@ class Forecast:
 def forecasts(folder: Path) -> list[Forecast]:
     """The forecasts beside the scale's `folder` (outputs/<scale> -> outputs/forecast), of any scale: they need no run.
     ValueError that names a broken file."""
-    return [_read(file) for file in sorted((folder.resolve().parent / "forecast").glob("*.json"))]
+    return [_read(file) for file in files(folder)]
+
+
+def files(folder: Path) -> list[Path]:
+    """Of the forecasts beside the scale's `folder`, in order of their names."""
+    return sorted((folder.resolve().parent / "forecast").glob("*.json"))
 
 
 def _read(file: Path) -> Forecast:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from analysis.forecasts import files as forecasts
 from experiments.cell import note
 from experiments.cli import command
 from experiments.mistakes import ConfigError
@@ -28,12 +29,12 @@ def kept(scale: Path) -> list[Path]:
     tables = sorted({cell.parent for cell in cells})
     of_cells = [file for cell in cells for pattern in OF_A_CELL for file in sorted(cell.glob(pattern))]
     of_tables = [file for table in tables for pattern in OF_A_TABLE for file in sorted(table.glob(pattern))]
-    forecasts = sorted((scale.parent / "forecast").glob("*.json")) if cells else []
-    return of_cells + of_tables + forecasts
+    return of_cells + of_tables + (forecasts(scale) if cells else [])
 
 
 def keep(scale: Path, results: Path) -> int:
     """Copy the results of outputs/<scale> into `results`; returns how many files."""
+    scale = scale.resolve()
     files = kept(scale)
     for file in files:
         target = results / file.relative_to(scale.parent)
