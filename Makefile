@@ -68,10 +68,9 @@ figures: setup  ## the figures of all that has run at SCALE, as SVG and PNG
 report: setup  ## one static page of all that has run at SCALE: outputs/SCALE/report.html
 	$(PYTHON) -m analysis.report outputs/$(SCALE)
 
-keep: setup  ## copy the results of SCALE to experiments/results, and make their figures and report there
+keep: setup  ## copy the results of SCALE to experiments/results, with a README of their figures, claims and tables
 	$(PYTHON) -m experiments.keep scale=$(SCALE) $(ARGS)
-	$(PYTHON) -m analysis.figures experiments/results/$(SCALE)
-	$(PYTHON) -m analysis.report experiments/results/$(SCALE)
+	$(PYTHON) -m analysis.readme experiments/results/$(SCALE)
 
 dashboard: setup  ## create or renew the W&B dashboard of all runs of the project; needs `wandb login`
 	$(PYTHON) -m experiments.dashboard $(ARGS)

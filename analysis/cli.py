@@ -8,7 +8,7 @@ from pathlib import Path
 def command(work: Callable[[Path], None]) -> None:
     """Run `work` on the folder that the command line names."""
     if len(sys.argv) != 2:
-        sys.exit("usage: python -m analysis.figures or analysis.report FOLDER, such as outputs/mini")
+        sys.exit("usage: python -m analysis.figures, analysis.report or analysis.readme FOLDER, such as outputs/mini")
     try:
         work(Path(sys.argv[1]))
     except (FileNotFoundError, ValueError) as error:

@@ -5,27 +5,23 @@ from a record is escaped.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from tqdm import tqdm
 
 from analysis.claims import Claim
-from analysis.claims import claims as judged
 from analysis.cli import command
+from analysis.contents import claims_of, records_of, states, summary, tables_of
 from analysis.figures import Picture, comparisons, of_cells
-from analysis.forecasts import forecasts
-from analysis.layout import Table, repeated
+from analysis.layout import repeated
 from analysis.notes import amounts
-from analysis.records import Record, cells, load, tables
-from analysis.settings import table4
+from analysis.records import Record, cells, tables
 from analysis.stats import DEFAULT, Bootstrap
 from analysis.style import inline, svg
-from analysis.tables import TABLES
 
 GIB = 2**30
 MOST_CURVES = 24  # cells whose curves of training a page still holds: 50 KiB each
@@ -43,17 +39,17 @@ def report(folder: Path, claims: Sequence[Claim] | str, how: Bootstrap = DEFAULT
 
     Raises FileNotFoundError if there is no such folder, ValueError that names a broken record.
     """
-    records = [record for table in tables(folder) for record in load(table)]
+    records = records_of(folder)
     rows = {"budgets": _budgets, "cells": _cells, "data": _data, "software": _software}
     lists = [(anchor, name, caption, *rows[anchor](folder, records)) for anchor, name, caption in LISTS]
     sections = [("claims", "Claims"), ("figures", "Figures"), ("curves", "Curves of training"), ("tables", "Tables")]
     page = _environment().get_template("report.html")
     return page.render(
         title=f"QDyLoRA at scale {folder.resolve().name}",
-        summary=_summary(folder, records),
+        summary=summary(folder, records),
         sections=sections + [(anchor, name) for anchor, name, _ in LISTS],
         claims=claims,
-        tables=_tables(folder, records),
+        tables=tables_of(folder, records),
         kinds=_by_kind(comparisons(folder, how)),
         curves=_curves(folder),
         lists=lists,
@@ -74,39 +70,6 @@ def _effect(claim: Claim) -> str:
     if claim.effect is None:
         return ""
     return f"{claim.effect:+.3g}" + (" [{:+.3g}, {:+.3g}]".format(*claim.interval) if claim.interval else "")
-
-
-def _summary(folder: Path, records: Sequence[Record]) -> str:
-    states = Counter(status for _, status in _states(folder, records))
-    count = ", ".join(f"{number} {status}" for status, number in states.most_common())
-    models = ", ".join(dict.fromkeys(record.cell["model"] for record in records))
-    return f"{states.total()} cells: {count}. Models: {models}."
-
-
-def _states(folder: Path, records: Sequence[Record]) -> list[tuple[Path, str]]:
-    """Every cell's folder with its status, also of cells that have not ended."""
-    known = {record.folder: record.raw["status"] for record in records}
-    return [(cell, known.get(cell, "not ended")) for table in tables(folder) for cell in cells(table)]
-
-
-def _tables(folder: Path, records: Sequence[Record]) -> list[tuple[str, Table | str]]:
-    """Each table with its name, then their settings (Table 4); a refused one with the reason."""
-    by_table = {name: some for name in TABLES if (some := [r for r in records if r.folder.parent == folder / name])}
-    found = {name: _or_reason(TABLES[name], some) for name, some in by_table.items()}
-    if found:
-        configs = {name: [record.raw["config"] for record in some] for name, some in by_table.items()}
-        found["table4"] = _or_reason(table4, configs)
-    return sorted(found.items(), key=lambda item: (not item[0].startswith("table"), item[0]))
-
-
-def _or_reason(work: Callable[..., Any], *of: Any) -> Any:
-    """What `work` makes of the records, or why it refuses them."""
-    try:
-        return work(*of)
-    except ValueError as error:
-        return str(error)
-    except KeyError as error:
-        return f"the records do not hold {error}"
 
 
 def _curves(folder: Path) -> list[tuple[str, list[dict]]] | str:
@@ -145,7 +108,7 @@ def _cells(folder: Path, records: Sequence[Record]) -> tuple[tuple[str, ...], li
     header = ("cell", "table", "status", "reason", "seed", "commit", "configuration", "data (sha256)", "machine")
     known = {record.folder: record.raw for record in records}
     rows = []
-    for cell, status in _states(folder, records):
+    for cell, status in states(folder, records):
         raw = known.get(cell, {})
         about = raw.get("reason") or "", raw.get("cell", {}).get("seed", ""), (raw.get("commit") or "")[:12]
         data = ((raw.get("data") or {}).get("sha256") or "")[:12]
@@ -177,8 +140,7 @@ def _software(folder: Path, records: Sequence[Record]) -> tuple[tuple[str, ...],
 
 
 def main(folder: Path) -> None:
-    records = [record for table in tables(folder) for record in load(table)]
-    page = report(folder, _or_reason(judged, records, [one.for_claims() for one in forecasts(folder) if one.gpu]))
+    page = report(folder, claims_of(folder, records_of(folder)))
     draft = folder / ".report.html"
     draft.write_text(page, encoding="utf-8")
     draft.replace(folder / "report.html")

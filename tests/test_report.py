@@ -227,10 +227,10 @@ def test_the_same_records_give_the_same_page(copy):
 
 def test_the_command_writes_the_page(copy, monkeypatch, capsys):
     given = []
-    monkeypatch.setattr(report_module, "judged", lambda *of: given.append(of) or CLAIMS)
+    monkeypatch.setattr(report_module, "claims_of", lambda *of: given.append(of) or CLAIMS)
     main(copy)
-    ((records, found),) = given
-    assert [one.name for one in records] == [ALPACA] and found == []
+    ((folder, records),) = given
+    assert folder == copy and [one.name for one in records] == [ALPACA]
     assert capsys.readouterr().out == f"{copy / 'report.html'}\n"
     assert (copy / "report.html").read_text().startswith("<!doctype html>")
     assert len(cells(copy / "table1")) == 1 and not list(copy.glob(".report*"))
