@@ -34,6 +34,7 @@ METHODS = {
     "qdylora-anchored-sqrt": "QDyLoRA, anchored, alpha/sqrt(b)",
     "qdylora-mostly-full": "QDyLoRA, mostly r_max",
     "qdylora-ends": "QDyLoRA, r_max or rank 1",
+    "qdylora-sorted": "QDyLoRA, sorted at 3/4",
     "qdylora-sqrt": "QDyLoRA, alpha/sqrt(b)",
     "qdylora-constant": "QDyLoRA, alpha/r",
     "qdylora-masked": "QDyLoRA, masked Adam",

@@ -131,6 +131,8 @@ def _shares(c: Config) -> Iterator[str]:
     for name in ("warmup_ratio", "lora_dropout", "beta2"):
         if not 0 <= getattr(c.optim, name) < 1:
             yield f"optim.{name} is {getattr(c.optim, name)}; it must be from 0 to less than 1"
+    if not 0 <= c.method.draw.after < 1:
+        yield f"method.draw.after is {c.method.draw.after}; it must be from 0 to less than 1"
     if any(share <= 0 for share in c.table.budgets):
         yield f"table.budgets is {c.table.budgets}; every share of the budget must be more than 0"
 
@@ -156,6 +158,13 @@ def _combinations(c: Config) -> Iterator[str]:
         )
     if c.method.update == "masked" and c.optim.name == "paged_adamw_8bit":
         yield "method.update is 'masked' but optim.name is 'paged_adamw_8bit'; choose a 32-bit optimizer"
+    if c.method.draw.after and c.method.scale != "constant":
+        yield (
+            f"method.draw.after is {c.method.draw.after} but method.scale is {c.method.scale!r}: sorted ranks count as "
+            "they were trained at r_max; choose scale: constant"
+        )
+    if c.method.draw.after and c.optim.name == "paged_adamw_8bit":
+        yield "method.draw.after sorts ranks but optim.name is 'paged_adamw_8bit'; choose a 32-bit optimizer"
     if c.method.gate == "frozen" and c.method.draw.kind == "nested":
         yield "method.gate is 'frozen' but method.draw.kind is 'nested', which trains all rows; choose gate: prefix"
     if adapts_ranks(c):

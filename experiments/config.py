@@ -64,4 +64,7 @@ def substance(cfg: dict) -> dict:
     kept["tasks"] = {key: value for key, value in cfg["tasks"].items() if key not in INCIDENTAL_TASKS}
     if kept["data"].get("rows") is None:  # as in records from before there was this key, which stay valid
         kept["data"] = {key: value for key, value in kept["data"].items() if key != "rows"}
+    if not cfg["method"]["draw"].get("after"):  # likewise
+        draw = {key: value for key, value in cfg["method"]["draw"].items() if key != "after"}
+        kept["method"] = cfg["method"] | {"draw": draw}
     return kept

@@ -53,4 +53,5 @@ def adapts_ranks(c: Config) -> bool:
 def draw(c: Config) -> Draw:
     """ValueError for a bad one."""
     settings = vars(c.method.draw) | {"ranks": tuple(c.method.draw.ranks)}
-    return Draw(r_max=c.ranks.r_max, r_min=c.ranks.r_min, seed=c.seed, **settings)
+    from_step = round(settings.pop("after") * c.budget.steps)
+    return Draw(r_max=c.ranks.r_max, r_min=c.ranks.r_min, from_step=from_step, seed=c.seed, **settings)

@@ -24,7 +24,7 @@ class Model:
 
 @dataclass
 class DrawSettings:
-    """See `qdylora.Draw`."""
+    """See `qdylora.Draw`. after: the share of the steps before the first draw."""
 
     kind: str = "uniform"
     per: str = "step"
@@ -32,6 +32,7 @@ class DrawSettings:
     p: float = 0.15
     at_r_max: float = 0.0
     at_r_min: float = 0.0
+    after: float = 0.0
 
 
 @dataclass

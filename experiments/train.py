@@ -219,7 +219,7 @@ def _conclude(cell: Cell, trainer: Trainer, examples: Examples, log: list[dict])
         "compute_dtype": str(trainer.model.dtype).removeprefix("torch."),
         "final_loss": log[-1]["loss"],
         "updates": ((ranks == rows) if frozen else (ranks >= rows)).sum(axis=1).tolist(),
-        "expected_updates": (draw(c).update_probability(frozen) * len(ranks)).round(3).tolist(),
+        "expected_updates": (draw(c).expected_updates(len(log), frozen) * c.budget.batch).round(3).tolist(),
         "adapter_bytes": {str(b): adapter_bytes(trainer.model, b) for b in c.ranks.eval},
     }
     write_json(cell.folder / "training.json", spent)

@@ -8,6 +8,7 @@ from qdylora.draw import Draw
 from qdylora.export import export_rank, merge, merge_into
 from qdylora.gate import Gate, Nested
 from qdylora.llama_cpp import adapter_to_gguf, merge_into_gguf
+from qdylora.sort import sort_ranks
 from qdylora.update import mask_updates
 
 __all__ = [
@@ -35,4 +36,5 @@ __all__ = [
     "merge_into_gguf",
     "save_adapter",
     "set_rank",
+    "sort_ranks",
 ]

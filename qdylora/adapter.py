@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -105,6 +105,15 @@ def rank_settings(model: nn.Module, draw: Draw, update: str) -> RankSettings:
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
     """Every LoRA layer of the model by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+def factors(model: nn.Module) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
+    """A (r_max, in) and B (out, r_max) of every layer of the any-rank adapter."""
+    gate = gate_of(model)
+    for layer in lora_layers(model).values():
+        for adapter, variant in layer.lora_variant.items():
+            if variant is gate:
+                yield layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
 
 
 def gate_of(model: nn.Module) -> Gate:

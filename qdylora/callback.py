@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from torch import nn
 from transformers import TrainerCallback
 
 from qdylora.adapter import gate_of, rank_settings
 from qdylora.draw import Draw
 from qdylora.gate import Nested
+from qdylora.sort import sort_ranks
 from qdylora.update import mask_updates
 
 
@@ -18,7 +20,8 @@ class DrawCallback(TrainerCallback):
         Trainer(model=attach(model), callbacks=[DrawCallback(Draw())], ...)
 
     `ranks`, shape (micro_batches, rows), are the current step's, of all processes; `largest_rank` is the
-    largest of them. With `update="masked"` the optimizer leaves rows above it alone.
+    largest of them. With `update="masked"` the optimizer leaves rows above it alone. Before the first step that is
+    drawn, if it is not the first of all (`Draw.from_step`), the ranks are sorted.
     """
 
     def __init__(self, draw: Draw, update: str = "drift"):
@@ -36,10 +39,17 @@ class DrawCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, model: nn.Module, optimizer, **kwargs):
         if self.draw.r_max != gate_of(model).r_max:
             raise ValueError(f"draw.r_max is {self.draw.r_max}, but the adapter's is {gate_of(model).r_max}")
+        if self.draw.from_step and gate_of(model).scale != "constant":
+            raise ValueError(
+                f"draw.from_step is {self.draw.from_step}, but the adapter's scale is {gate_of(model).scale!r}: sorted "
+                "ranks count as they were trained at r_max, so attach with scale='constant'"
+            )
         if self.update == "masked":
-            mask_updates(getattr(optimizer, "optimizer", optimizer), model, lambda: self.largest_rank)
+            mask_updates(_plain(optimizer), model, lambda: self.largest_rank)
 
-    def on_step_begin(self, args, state, control, model: nn.Module, **kwargs):
+    def on_step_begin(self, args, state, control, model: nn.Module, optimizer=None, **kwargs):
+        if state.global_step == self.draw.from_step > 0:
+            sort_ranks(model, _plain(optimizer))
         micro_batches = args.gradient_accumulation_steps * args.world_size
         rows, processes = args.per_device_train_batch_size, args.world_size
         self.ranks = self.draw.ranks_of_step(state.global_step, micro_batches, rows, processes)
@@ -64,3 +74,8 @@ class DrawCallback(TrainerCallback):
             return
         ranks = self.ranks[self._micro * args.world_size + args.process_index]
         gate_of(model).set_rank(int(ranks[0]) if self.draw.per != "sequence" else ranks.tolist())
+
+
+def _plain(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer inside Accelerate's."""
+    return getattr(optimizer, "optimizer", optimizer)

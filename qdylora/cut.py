@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 
-from qdylora.adapter import gate_of, lora_layers
+from qdylora.adapter import factors, gate_of
 from qdylora.gate import Gate
 
 AS_TRAINED = "truncate"  # how an adapter is used at a lower rank where nothing else is said
@@ -76,10 +76,7 @@ def _decompose(model: PeftModel, gate: Gate) -> list[tuple[torch.nn.Parameter, t
     with gate.scaled("constant"):
         constant = gate.scale_at(gate.r_max)
     before = []
-    for layer in lora_layers(model).values():
-        for adapter, variant in layer.lora_variant.items():
-            if variant is gate:
-                A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-                before += [(A, A.data), (B, B.data)]
-                A.data, B.data = svd_factors(A.data, B.data, trained, gate.r_max, constant)
+    for A, B in factors(model):
+        before += [(A, A.data), (B, B.data)]
+        A.data, B.data = svd_factors(A.data, B.data, trained, gate.r_max, constant)
     return before

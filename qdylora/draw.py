@@ -25,6 +25,8 @@ class Draw:
     per: one rank per optimizer `step` (the official DyLoRA code's way), one of its own for each data-parallel
         `process` in a step (their gradients are averaged, so draws depend on how many there are), per `micro_batch`,
         or per `sequence`.
+    from_step: the first step whose rank is drawn; every step before it is at r_max, and the trained ranks are sorted
+        in between (`sort_ranks`), so that those that count most are drawn most.
     at_r_max, at_r_min: share of each step's rows that is anchored at that rank instead of drawn (slimmable
         networks' sandwich rule); needs per = sequence.
     """
@@ -37,6 +39,7 @@ class Draw:
     p: float = 0.15
     at_r_max: float = 0.0
     at_r_min: float = 0.0
+    from_step: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -57,6 +60,11 @@ class Draw:
                 self.kind != "nested" or (in_range and self.r_max in self.ranks and self.per == "step"),
                 f"draw.ranks is {list(self.ranks)} and draw.per {self.per!r}; kind 'nested' needs ranks from "
                 f"{self.r_min} to r_max {self.r_max}, which is one of them, and per = step",
+            ),
+            (
+                self.from_step >= 0 and (self.from_step == 0 or self.kind not in ("fixed", "nested")),
+                f"draw.from_step is {self.from_step} and draw.kind {self.kind!r}; it must be at least 0, and 0 where "
+                "nothing is drawn",
             ),
             (self.seed >= 0, f"draw.seed is {self.seed}; it must be at least 0"),
             (0 < self.p < 1, f"draw.p is {self.p}; 0 < p < 1 is needed"),
@@ -92,6 +100,8 @@ class Draw:
         `micro_batches` counts gradient accumulation times processes, so that process p of P uses entries
         p, p + P, ... and, but for `per = process`, the draws do not depend on how a batch is spread over processes.
         """
+        if step < self.from_step:
+            return np.full((micro_batches, rows), self.r_max)
         rng = np.random.default_rng((self.seed, step))
         drawn = {
             "step": (1, 1),
@@ -115,8 +125,14 @@ class Draw:
 
     def update_probability(self, frozen: bool = False) -> np.ndarray:
         """Chance that a row of the adapter learns from a row of the batch, shape (r_max,): P(b >= row), or
-        P(b = row) when frozen; anchored shares included."""
+        P(b = row) when frozen; anchored shares included. From `from_step` on."""
         p = (1 - self.at_r_max - self.at_r_min) * self.probabilities()
         p[-1] += self.at_r_max
         p[self.r_min - 1] += self.at_r_min
         return p if frozen else p[::-1].cumsum()[::-1]
+
+    def expected_updates(self, steps: int, frozen: bool = False) -> np.ndarray:
+        """How many of the first `steps` steps a row of the adapter learns in, shape (r_max,), of one batch row each."""
+        before = min(steps, self.from_step)
+        at_r_max = (np.arange(1, self.r_max + 1) == self.r_max) if frozen else np.ones(self.r_max)
+        return before * at_r_max + (steps - before) * self.update_probability(frozen)

@@ -21,7 +21,7 @@ def mask_updates(optimizer: torch.optim.Optimizer, model: nn.Module, largest_ran
     optimizer whose state has the parameter's shape; Adam's step count, one number per tensor, goes on. Raises
     ValueError for 8-bit optimizers, whose state has another shape.
     """
-    if getattr(getattr(optimizer, "args", None), "optim_bits", 32) != 32:  # bitsandbytes says so here
+    if has_8bit_state(optimizer):
         raise ValueError(
             "update is 'masked', but an 8-bit optimizer's state cannot be cut by rank; "
             "choose a 32-bit optimizer such as adamw, or update: drift"
@@ -53,6 +53,11 @@ def mask_updates(optimizer: torch.optim.Optimizer, model: nn.Module, largest_ran
 
     optimizer.register_step_pre_hook(before)
     optimizer.register_step_post_hook(after)
+
+
+def has_8bit_state(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it is one of bitsandbytes' that keep their state in 8 bits."""
+    return getattr(getattr(optimizer, "args", None), "optim_bits", 32) != 32
 
 
 def _rank_axes(model: nn.Module) -> dict[nn.Parameter, int]:

@@ -124,6 +124,12 @@ BAD = {
     "8 bits": config("method.bits is 8; choose one of 4, 16, 32", "method.bits=8"),
     "unknown gate": config("method.gate is 'suffix'", "method.gate=suffix"),
     "unknown draw": config("method.draw.kind is 'normal'", "method.draw.kind=normal"),
+    "first draw after the end": config("method.draw.after is 1.0", "method=qdylora_sorted", "method.draw.after=1"),
+    "sorted ranks of unequal scale": config("method.scale is 'alpha_over_b'", "method.draw.after=0.5"),
+    "8-bit state of sorted ranks": config(
+        "method.draw.after sorts ranks", "method=qdylora_sorted", "optim.name=paged_adamw_8bit"
+    ),
+    "sorting without a draw": config("draw.from_step", "method=qlora", "method.draw.after=0.5"),
     "list draw without ranks": config("method.draw.ranks", "method.draw.kind=list"),
     "negative learning rate": config("optim.lr is -1.0; it must be a positive number", "optim.lr=-1"),
     "learning rate NaN": config("optim.lr is nan", "optim.lr=nan"),

@@ -66,16 +66,31 @@ def test_update_probabilities_of_rows_1_2_4_to_64(draw, want):
     assert_allclose(draw.update_probability()[np.array(POWERS) - 1], want, atol=5e-4)
 
 
+@pytest.mark.parametrize("from_step", [0, 1000])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_update_probability_is_the_share_of_rows_of_the_batch_that_train_a_row(frozen):
-    """Anchored shares included, against counting over real draws."""
-    draw = Draw(r_max=6, r_min=2, per="sequence", kind="geometric", p=0.4, at_r_max=0.25, at_r_min=0.125, seed=3)
+def test_updates_of_a_row_are_those_expected_of_the_draw(frozen, from_step):
+    """Anchored shares and steps before the first draw included, against counting over real draws."""
+    shares = {"at_r_max": 0.25, "at_r_min": 0.125}
+    draw = Draw(6, 2, "geometric", per="sequence", p=0.4, **shares, from_step=from_step, seed=3)
     steps, rows = 3000, 16
     count = np.zeros(6)
     for step in range(steps):
         for b in draw.ranks_of_step(step, 1, rows)[0]:
             count[(b - 1 if frozen else 0) : b] += 1
-    assert_allclose(count / (steps * rows), draw.update_probability(frozen), atol=0.01)
+    assert_allclose(count / (steps * rows), draw.expected_updates(steps, frozen) / steps, atol=0.01)
+    assert_allclose(draw.expected_updates(500, frozen)[-1], 500 if from_step else 500 * draw.update_probability()[-1])
+
+
+def test_before_the_first_draw_every_row_is_at_r_max_and_later_draws_are_as_ever():
+    late, early = Draw(per="sequence", at_r_max=0.5, from_step=7), Draw(per="sequence", at_r_max=0.5)
+    assert all((late.ranks_of_step(step, 2, 4) == 64).all() for step in range(7))
+    assert all((late.ranks_of_step(step, 2, 4) == early.ranks_of_step(step, 2, 4)).all() for step in range(7, 20))
+
+
+@pytest.mark.parametrize("bad", [{"from_step": -1}, {"kind": "fixed", "from_step": 1}])
+def test_a_first_draw_before_all_steps_or_where_nothing_is_drawn_is_refused(bad):
+    with pytest.raises(ValueError, match="it must be at least 0, and 0 where nothing is drawn"):
+        Draw(**bad)
 
 
 def pooled_chi_square(draw: Draw, ranks: np.ndarray) -> float:
