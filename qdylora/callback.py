@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 from qdylora.adapter import gate_of, rank_settings
 from qdylora.draw import Draw
 from qdylora.gate import Nested
-from qdylora.sort import sort_ranks
+from qdylora.sort import check_sortable, sort_ranks
 from qdylora.update import mask_updates
 
 
@@ -39,11 +39,13 @@ class DrawCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, model: nn.Module, optimizer, **kwargs):
         if self.draw.r_max != gate_of(model).r_max:
             raise ValueError(f"draw.r_max is {self.draw.r_max}, but the adapter's is {gate_of(model).r_max}")
-        if self.draw.from_step and gate_of(model).scale != "constant":
-            raise ValueError(
-                f"draw.from_step is {self.draw.from_step}, but the adapter's scale is {gate_of(model).scale!r}: sorted "
-                "ranks count as they were trained at r_max, so attach with scale='constant'"
-            )
+        if self.draw.from_step:
+            check_sortable(_plain(optimizer))
+            if gate_of(model).scale != "constant":
+                raise ValueError(
+                    f"draw.from_step is {self.draw.from_step}, but the adapter's scale is {gate_of(model).scale!r}: "
+                    "sorted ranks count as they were trained at r_max, so attach with scale='constant'"
+                )
         if self.update == "masked":
             mask_updates(_plain(optimizer), model, lambda: self.largest_rank)
 

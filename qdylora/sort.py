@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from qdylora.adapter import factors
 from qdylora.update import has_8bit_state
 
 #: What optimizers call their averages of the gradient and of its square: torch's Adam and SGD, bitsandbytes' all.
-AVERAGES = ("exp_avg", "state1", "momentum_buffer")
-AVERAGES_OF_SQUARES = ("exp_avg_sq", "state2")
+AVERAGES = {"exp_avg", "state1", "momentum_buffer"}
+AVERAGES_OF_SQUARES = {"exp_avg_sq", "state2"}
 
 
 @torch.no_grad()
@@ -22,22 +23,25 @@ def sort_ranks(model: nn.Module, optimizer: torch.optim.Optimizer | None = None)
     """Sort the ranks of every layer's adapter, and with them the optimizer's state, in place.
 
     At r_max the model computes what it did before. Averages of gradients are turned exactly, averages of their squares
-    as if gradients of different ranks were independent. Raises ValueError for 8-bit optimizers, whose state has another
-    shape.
+    as if gradients of different ranks were independent. Raises ValueError as `check_sortable` does.
     """
-    if optimizer is not None and has_8bit_state(optimizer):
-        raise ValueError("an 8-bit optimizer's state cannot be sorted by rank; choose a 32-bit optimizer such as adamw")
+    check_sortable(optimizer)
     for A, B in factors(model):
-        turn = sorting_turn(A, B).to(A.dtype)
+        turn = sorting_turn(_whole(A), _whole(B)).to(A.dtype)
         _broadcast(turn)
         for parameter, rank_axis in ((A, 0), (B, 1)):
-            parameter.copy_(_turned(turn, parameter, rank_axis))
+            _turn(parameter, turn, rank_axis)
             state = optimizer.state.get(parameter, {}) if optimizer is not None else {}
-            for name, tensor in state.items():
-                if name in AVERAGES:
-                    tensor.copy_(_turned(turn, tensor, rank_axis))
-                elif name in AVERAGES_OF_SQUARES:
-                    tensor.copy_(_turned(turn**2, tensor, rank_axis))
+            for name in state.keys() & AVERAGES:
+                _turn(state[name], turn, rank_axis)
+            for name in state.keys() & AVERAGES_OF_SQUARES:
+                _turn(state[name], turn**2, rank_axis)
+
+
+def check_sortable(optimizer: torch.optim.Optimizer | None) -> None:
+    """Raises ValueError for 8-bit optimizers, whose state has another shape than the adapter."""
+    if optimizer is not None and has_8bit_state(optimizer):
+        raise ValueError("an 8-bit optimizer's state cannot be sorted by rank; choose a 32-bit optimizer such as adamw")
 
 
 def sorting_turn(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
@@ -52,9 +56,17 @@ def sorting_turn(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
     return torch.linalg.svd(torch.linalg.qr(B @ root).R, full_matrices=True).Vh
 
 
-def _turned(turn: torch.Tensor, tensor: torch.Tensor, rank_axis: int) -> torch.Tensor:
-    turn = turn.to(tensor.dtype)
-    return turn @ tensor if rank_axis == 0 else tensor @ turn.T
+def _turn(tensor: torch.Tensor, turn: torch.Tensor, rank_axis: int) -> None:
+    """Multiply `tensor`, (r, in) or (out, r), in place; where FSDP shards it, each process its part."""
+    whole, turn = _whole(tensor), turn.to(tensor.dtype)
+    turned = turn @ whole if rank_axis == 0 else whole @ turn.T
+    if isinstance(tensor, DTensor):
+        turned = distribute_tensor(turned, tensor.device_mesh, tensor.placements)
+    tensor.copy_(turned)
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _broadcast(turn: torch.Tensor) -> None:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qdylora import attach, set_rank
+from qdylora import attach, set_rank, sort_ranks
 from tests.commands import ENVIRONMENT
 from tests.test_cells import lines
 from tests.tiny import LLAMA
@@ -66,13 +66,15 @@ import sys, torch
 from torch.distributed import destroy_process_group, init_process_group
 from torch.distributed.fsdp import fully_shard
 from tests.test_processes import stepped, tiny
+from qdylora import sort_ranks
 init_process_group("gloo")
 model = tiny()
 for layer in model.get_base_model().model.layers:
     fully_shard(layer)
 fully_shard(model)
 rank = torch.distributed.get_rank()
-weights = stepped(model, rows=slice(2 * rank, 2 * rank + 2))
+sort = sort_ranks if sys.argv[2] == "sorted" else None
+weights = stepped(model, slice(2 * rank, 2 * rank + 2), sort)
 if rank == 0:
     torch.save({name: w for name, w in weights.items()}, sys.argv[1])
 destroy_process_group()
@@ -89,11 +91,14 @@ def tiny():
     return model
 
 
-def stepped(model, rows: slice) -> dict[str, torch.Tensor]:
-    """The adapter's weights, whole, after four steps of SGD on rows of batches of four, at ranks 3, 8, 1 and mixed."""
+def stepped(model, rows: slice, sort=None) -> dict[str, torch.Tensor]:
+    """The adapter's weights, whole, after four steps of SGD on rows of batches of four, at ranks 3, 8, 1
+    and mixed; or of SGD with momentum, and `sort` sorts the ranks before the third."""
     tokens = torch.randint(0, 100, (4, 4, 12), generator=torch.Generator().manual_seed(1))
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5, momentum=0.5 if sort else 0)
     for batch, rank in zip(tokens, (3, 8, 1, (1, 2, 5, 8)), strict=True):
+        if sort and rank == 1:
+            sort(model, optimizer)
         set_rank(model, rank if isinstance(rank, int) else rank[rows])
         model(input_ids=batch[rows], labels=batch[rows]).loss.backward()
         optimizer.step()
@@ -103,13 +108,25 @@ def stepped(model, rows: slice) -> dict[str, torch.Tensor]:
 
 
 def test_the_gate_sees_whole_weights_when_fsdp_shards_them(tmp_path):
-    torchrun(SHARDED, str(tmp_path / "weights"))
+    torchrun(SHARDED, str(tmp_path / "weights"), "as drawn")
     sharded, whole = torch.load(tmp_path / "weights"), stepped(tiny(), rows=slice(0, 4))
     assert sharded.keys() == whole.keys() and len(whole) > 4
     start = dict(tiny().named_parameters())
     for name in whole:
         torch.testing.assert_close(sharded[name], whole[name], rtol=1e-4, atol=1e-6)
     assert max((whole[name] - start[name]).abs().max() for name in whole) > 1e-3
+
+
+def test_ranks_are_sorted_alike_when_fsdp_shards_them(tmp_path):
+    torchrun(SHARDED, str(tmp_path / "weights"), "sorted")
+    sharded, whole = torch.load(tmp_path / "weights"), stepped(tiny(), slice(0, 4), sort_ranks)
+    plain = stepped(tiny(), slice(0, 4))
+    for name in (name for name in whole if "lora_A" in name):
+        of_B = name.replace("lora_A", "lora_B")
+        for b in (1, 3, 8):  # a direction's sign is arbitrary, its product is not
+            got, want, unsorted = ((w[of_B][:, :b] @ w[name][:b]) for w in (sharded, whole, plain))
+            torch.testing.assert_close(got, want, rtol=1e-3, atol=5e-5)
+            assert (unsorted - want).abs().max() > 1e-3
 
 
 def torchrun(code: str, *arguments: str) -> None:

@@ -150,6 +150,13 @@ def test_training_is_at_r_max_then_sorts_then_draws_and_resumes_in_between(cache
         assert all(torch.equal(w, weights(whole)[name]) for name, w in weights(resumed).items())
 
 
+def test_an_8_bit_optimizer_is_refused_before_the_first_step(cache, tmp_path):
+    draw = DrawCallback(Draw(r_max=R_MAX, from_step=2))
+    args = arguments(tmp_path, max_steps=4, optim="adamw_bnb_8bit")
+    with pytest.raises(ValueError, match="8-bit optimizer's state cannot be sorted"):
+        Trainer(constant(cache), args, train_dataset=DATA, callbacks=[draw]).train()
+
+
 def test_a_scale_that_differs_from_rank_to_rank_is_refused(cache, tmp_path):
     draw = DrawCallback(Draw(r_max=R_MAX, from_step=2))
     trainer = Trainer(
