@@ -51,7 +51,7 @@ table2: ## Table 2: WebGLM and GSM8K at every rank; QLoRA truncated in two ways 
 table3: ## Table 3: DyLoRA, QLoRA and QDyLoRA at every rank on GSM8K and TriviaQA
 table4: ## Table 4: the hyper-parameters of every experiment; runs nothing
 rivals: ## QLoRA trained at ranks 1, 8 and 64, AdaLoRA, MatryoshkaLoRA and QDyLoRA's variants at every rank
-rivals_long: ## four of the rivals after four times the steps, by held-out loss alone
+rivals_long: ## four of the rivals, and QDyLoRA with sorted ranks, after four times the steps, by held-out loss alone
 semi_sorted: ## how sorted the ranks are under three budgets and three draws
 $(TABLES): setup
 	$(RUN) table=$@ $(AT) $(ARGS)
