@@ -23,7 +23,7 @@ def subject(request):
 def questions(request):
     """(ranks, MMLU subjects, questions of each, questions of GSM8K, of TriviaQA)"""
     whole = request.config.getoption("--exact")
-    return ([1, 8, R_MAX], SUBJECTS, 3, 40, 40) if whole else ([1, R_MAX], SUBJECTS[:4], 1, 1, 6)
+    return ([1, 8, R_MAX], SUBJECTS, 3, 40, 40) if whole else ([1, R_MAX], SUBJECTS[:2], 1, 1, 6)
 
 
 def compared(subject, folder, ranks, task, batch_size):
