@@ -94,6 +94,11 @@ def claims(records: Sequence[Record], memory: Sequence[dict] = (), how: Bootstra
     ]
 
 
+def decided(folder: Path, records: Sequence[Record]) -> list[Claim]:
+    """The claims from the records under `folder` (outputs/<scale>) and the forecasts beside it."""
+    return claims(records, [forecast.for_claims() for forecast in forecasts(folder) if forecast.gpu])
+
+
 def _claim(name: str, verdict: Verdict, effect, interval, n: int, command: str, note: str) -> Claim:
     return Claim(name, STATEMENTS[name], verdict, effect, interval, n, command, note)
 
@@ -336,8 +341,7 @@ def _effect(claim: Claim) -> Cell:
 def main(folder: Path) -> None:
     """Decide the claims from the records of every table in `folder` (outputs/<scale>)."""
     records = [record for table in sorted(folder.glob("*/")) for record in load(table)]
-    asked = [forecast.for_claims() for forecast in forecasts(folder) if forecast.gpu]
-    table = claims_table(claims(records, asked), folder.name)
+    table = claims_table(decided(folder, records), folder.name)
     for suffix, render in (("md", to_markdown), ("tex", to_latex), ("csv", to_csv)):
         (folder / f"claims.{suffix}").write_text(render(table), encoding="utf-8")
     print(to_markdown(table))

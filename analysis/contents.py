@@ -5,23 +5,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from analysis.claims import Claim, claims
-from analysis.forecasts import forecasts
+from analysis.claims import Claim, decided
 from analysis.layout import Table
-from analysis.records import Record, cells, load, tables
+from analysis.records import Record, cells, tables
 from analysis.settings import table4
 from analysis.tables import TABLES
 
 
-def records_of(folder: Path) -> list[Record]:
-    """All records under `folder` (outputs/<scale>). FileNotFoundError if there is no such folder, ValueError that names
-    a broken record."""
-    return [record for table in tables(folder) for record in load(table)]
-
-
 def claims_of(folder: Path, records: Sequence[Record]) -> list[Claim] | str:
     """The claims decided from the records and the forecasts beside `folder`, or why they are not."""
-    return or_reason(claims, records, [one.for_claims() for one in forecasts(folder) if one.gpu])
+    return or_reason(decided, folder, records)
 
 
 def summary(folder: Path, records: Sequence[Record]) -> str:
@@ -56,3 +49,10 @@ def or_reason(work: Callable[..., Any], *of: Any) -> Any:
         return str(error)
     except KeyError as error:
         return f"the records do not hold {error}"
+
+
+def write_page(file: Path, text: str) -> Path:
+    """Write the page so that a reader sees the old one or the new one; returns its path."""
+    draft = file.with_name(f".{file.name}")
+    draft.write_text(text, encoding="utf-8")
+    return draft.replace(file)

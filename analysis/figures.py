@@ -20,6 +20,8 @@ from analysis.records import Record, budget_of, cells, check_comparable, check_s
 from analysis.stats import DEFAULT, Bootstrap
 from analysis.style import save, svg
 
+WIDEST = 6  # inches, of a figure that fits a text column
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -30,6 +32,11 @@ class Picture:
     title: str
     alt: str
     figure: Figure
+
+    @property
+    def wide(self) -> bool:
+        """Whether it does not fit a text column."""
+        return self.figure.get_figwidth() > WIDEST
 
     def _repr_svg_(self) -> str:
         """How a notebook shows it."""

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from analysis.claims import Claim, claims_table
 from analysis.cli import command
-from analysis.contents import claims_of, records_of, summary, tables_of
+from analysis.contents import claims_of, summary, tables_of, write_page
 from analysis.figures import Picture, comparisons
 from analysis.layout import Block, Cell, Row, Table, to_markdown
 from analysis.plots import GIB
-from analysis.records import Record
+from analysis.records import Record, records_of
 from analysis.style import save
 
 SHOWN = ("Held-out loss against rank", "Change with the budget", "Memory by part")  # kinds of figures, in this order
@@ -44,7 +44,7 @@ def _gallery(files: Mapping[Picture, str]) -> list[str]:
 
 
 def _figure(one: Picture, file: str) -> str:
-    width = NARROW if one.figure.get_figwidth() <= 6 else WIDE
+    width = WIDE if one.wide else NARROW
     table = one.name.split("--")[0]
     return f'**{one.title}** ({table})\n\n<img src="{escape(file)}" alt="{escape(one.alt)}" width="{width}">'
 
@@ -70,11 +70,7 @@ def main(folder: Path) -> None:
     pictures = [one for one in comparisons(folder) if one.kind in SHOWN]
     files = {one: save(one.figure, one.name, folder / "figures").with_suffix(".png") for one in pictures}
     names = {one: file.relative_to(folder).as_posix() for one, file in files.items()}
-    page = readme(folder, claims_of(folder, records_of(folder)), names)
-    draft = folder / ".README.md"
-    draft.write_text(page, encoding="utf-8")
-    draft.replace(folder / "README.md")
-    print(folder / "README.md")
+    print(write_page(folder / "README.md", readme(folder, claims_of(folder, records_of(folder)), names)))
 
 
 if __name__ == "__main__":

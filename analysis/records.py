@@ -102,6 +102,11 @@ def load(folder: str | Path) -> list[Record]:
     return sorted(records, key=lambda record: record.name)
 
 
+def records_of(folder: Path) -> list[Record]:
+    """All records under a scale's folder (outputs/<scale>). Raises as `tables` and `load` do."""
+    return [record for table in tables(folder) for record in load(table)]
+
+
 def tables(folder: Path) -> list[Path]:
     """The folders of tables in a scale's folder: those that hold cells. FileNotFoundError if there is no folder."""
     if not folder.is_dir():

@@ -15,11 +15,11 @@ from tqdm import tqdm
 
 from analysis.claims import Claim
 from analysis.cli import command
-from analysis.contents import claims_of, records_of, states, summary, tables_of
+from analysis.contents import claims_of, states, summary, tables_of, write_page
 from analysis.figures import Picture, comparisons, of_cells
 from analysis.layout import repeated
 from analysis.notes import amounts
-from analysis.records import Record, cells, tables
+from analysis.records import Record, cells, records_of, tables
 from analysis.stats import DEFAULT, Bootstrap
 from analysis.style import inline, svg
 
@@ -85,9 +85,8 @@ def _by_kind(pictures: Iterator[Picture]) -> list[tuple[str, list[dict]]]:
     shown: dict[str, list[dict]] = {}
     for picture in tqdm(pictures, desc="figures", unit="figure", leave=False, disable=None):
         drawn = Markup(inline(svg(picture.figure, picture.name)))
-        wide = picture.figure.get_figwidth() > 6
         shown.setdefault(picture.kind, []).append(
-            {"title": picture.title, "alt": picture.alt, "svg": drawn, "wide": wide}
+            {"title": picture.title, "alt": picture.alt, "svg": drawn, "wide": picture.wide}
         )
     return list(shown.items())
 
@@ -140,11 +139,7 @@ def _software(folder: Path, records: Sequence[Record]) -> tuple[tuple[str, ...],
 
 
 def main(folder: Path) -> None:
-    page = report(folder, claims_of(folder, records_of(folder)))
-    draft = folder / ".report.html"
-    draft.write_text(page, encoding="utf-8")
-    draft.replace(folder / "report.html")
-    print(folder / "report.html")
+    print(write_page(folder / "report.html", report(folder, claims_of(folder, records_of(folder)))))
 
 
 if __name__ == "__main__":

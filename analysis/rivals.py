@@ -13,7 +13,7 @@ from analysis.notes import SEEDS, protocol, scope
 from analysis.records import Record, check_comparable, heldout_items
 from analysis.stats import DEFAULT, DIFFERENCE, REAL, Bootstrap, mean_at, paired
 
-BASELINE = "qlora"
+BASELINE, SVD = "qlora", "qlora:svd"
 SEPARATE = "QLoRA, trained at each rank"
 LOW = 8
 #: Percent of QLoRA's held-out loss by which an adapter for all ranks may be worse than one trained at rank 8, at r_max.
@@ -61,7 +61,8 @@ class Rival:
 
 
 class Field:
-    """All rivals on one model and data set. `separate`: QLoRA by the rank it was trained at."""
+    """All rivals on one model and data set. `separate`: QLoRA by the rank it was trained at; `svd`: QLoRA cut by SVD,
+    if it was."""
 
     def __init__(self, records: Sequence[Record], how: Bootstrap) -> None:
         found: dict[tuple[str, int], list[Record]] = {}
@@ -72,12 +73,9 @@ class Field:
         self.separate = {rank: rival for (method, rank), rival in rivals.items() if method == BASELINE}
         names = ordered({method for method, _ in rivals}, list(METHODS))
         at_r_max = {name: rivals[name, max(rank for method, rank in rivals if method == name)] for name in names}
+        self.svd = at_r_max.get(SVD)
         self.shared = {_name(name, rival): rival for name, rival in at_r_max.items()}
         self.ranks = sorted({rank for rival in rivals.values() for rank in rival.scores.heldout})
-
-    def over_separate(self, compare: Callable[[Rival, Rival], Callable], rank: int, rival: Rival) -> Cell:
-        other = self.separate.get(rank)
-        return Cell() if other is None or other is rival else compare(rival, other, rank)
 
 
 def rivals(records: Sequence[Record], how: Bootstrap = DEFAULT) -> Table:
@@ -99,6 +97,7 @@ def rivals(records: Sequence[Record], how: Bootstrap = DEFAULT) -> Table:
             f"Within {ALLOWED_LOW:g}% of QLoRA's held-out loss at rank {LOW} and {ALLOWED_TOP:g}% at r_max",
             _rows(fields, ranks, _verdict),
         ),
+        Block("Held-out loss above that of QLoRA cut by SVD, percent of it", _rows(fields, ranks, _over_svd)),
         Block("Score, percent", _rows(fields, ranks, _score, with_separate=True)),
         Block("Score minus that of QLoRA trained at the same rank, points", _rows(fields, ranks, _score_over)),
     ]
@@ -130,7 +129,11 @@ def _loss(field: Field, rival: Rival, rank: int) -> Cell:
 
 
 def _over(field: Field, rival: Rival, rank: int) -> Cell:
-    return field.over_separate(Rival.loss_over, rank, rival)
+    return _compared(Rival.loss_over, rival, field.separate.get(rank), rank)
+
+
+def _over_svd(field: Field, rival: Rival, rank: int) -> Cell:
+    return _compared(Rival.loss_over, rival, field.svd, rank)
 
 
 def _verdict(field: Field, rival: Rival, rank: int) -> Cell:
@@ -153,7 +156,12 @@ def _score(field: Field, rival: Rival, rank: int) -> Cell:
 
 
 def _score_over(field: Field, rival: Rival, rank: int) -> Cell:
-    return field.over_separate(Rival.score_over, rank, rival)
+    return _compared(Rival.score_over, rival, field.separate.get(rank), rank)
+
+
+def _compared(compare: Callable[[Rival, Rival, int], Cell], rival: Rival, other: Rival | None, rank: int) -> Cell:
+    """Blank where there is nothing to compare with, or only the rival itself."""
+    return Cell() if other is None or other is rival else compare(rival, other, rank)
 
 
 def _method(record: Record) -> str:

@@ -106,7 +106,7 @@ def test_adams_averages_are_turned_rank_by_rank(names, model):
     A, B = next(factors(model))
     turn = sorting_turn(A.detach(), B.detach()).float()
     before = [{name: optimizer.state[p][name].clone() for name in names} for p in (A, B)]
-    steps = [optimizer.state[p]["step"] for p in (A, B)]
+    steps = [int(optimizer.state[p]["step"]) for p in (A, B)]
     sort_ranks(model, optimizer)
     for p, states in zip((A, B), before, strict=True):
         for name, power in zip(names, (1, 2), strict=True):
@@ -114,7 +114,7 @@ def test_adams_averages_are_turned_rank_by_rank(names, model):
             want = torch.stack([sum(turn[i, j] ** power * rows[j] for j in range(R_MAX)) for i in range(R_MAX)])
             got = optimizer.state[p][name]
             assert_close(got if p is A else got.T, want, rtol=1e-4, atol=1e-9)
-    assert [optimizer.state[p]["step"] for p in (A, B)] == steps
+    assert [int(optimizer.state[p]["step"]) for p in (A, B)] == steps == [STEPS, STEPS]
 
 
 def test_an_8_bit_optimizer_is_refused(model):
