@@ -1,5 +1,7 @@
 """Ranks are sorted without a change of what the model computes, and training goes on as if they had not been."""
 
+import json
+
 import bitsandbytes as bnb
 import pytest
 import torch
@@ -12,6 +14,7 @@ from qdylora import Draw, DrawCallback, at_rank, cut, gate_of, sort_ranks
 from qdylora.adapter import factors
 from qdylora.cut import svd_factors
 from qdylora.sort import sorting_turn
+from tests.commands import inside
 
 R_MAX, STEPS = 8, 6
 
@@ -164,3 +167,16 @@ def test_a_scale_that_differs_from_rank_to_rank_is_refused(cache, tmp_path):
     )
     with pytest.raises(ValueError, match=r"draw\.from_step is 2, but the adapter's scale is 'alpha_over_b'"):
         trainer.train()
+
+
+def test_a_cell_is_trained_so_from_end_to_end(tmp_path):
+    """Of four steps the last is drawn; what each row learned from is what the draw says."""
+    code = ("scale=smoke", "table=rivals_long", "data=gsm8k", "method=qdylora_sorted", "budget.steps=4", "tracker=none")
+    done = inside("experiments.run", *code, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (cell,) = (tmp_path / "outputs/smoke/rivals_long").iterdir()
+    ranks = [json.loads(line)["ranks"] for line in (cell / "log.jsonl").read_text().splitlines()]
+    assert ranks[:3] == [[64] * 4] * 3 and ranks[3].count(64) == 2
+    record = json.loads((cell / "record.json").read_text())
+    assert record["updates"][0] == 16 and record["updates"][-1] == record["expected_updates"][-1] == 14
+    assert record["heldout"]["ranks"].keys() == {"1", "2", "4", "8", "16", "32", "64"}
