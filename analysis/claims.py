@@ -26,6 +26,7 @@ Verdict = Literal["supported", "not supported", "not decided at this scale"]
 SUPPORTED, NOT_SUPPORTED, UNDECIDED = "supported", "not supported", "not decided at this scale"
 
 BASE, NEW = "qlora", "qdylora"
+COMPARED = ("table1", "table2", "table3")  # the tables whose cells, of one budget, claims compare
 LEVEL = 0.05
 MARGIN = 0.01  # of accuracy: how much worse still counts as "at least as good"
 GB = 2**30
@@ -66,7 +67,7 @@ def claims(records: Sequence[Record], memory: Sequence[dict] = (), how: Bootstra
     """The verdict on every claim, in order of its name, from all records at hand (of any table, one scale).
 
     `memory` are the forecasts at hand (`Forecast.for_claims`): model, method, gpu_bytes, needed_bytes. ValueError for
-    records of several scales, or that may not be compared.
+    records of several scales, or that a claim compares and that may not be compared.
     """
     scales = {record.cell["scale"] for record in records}
     if len(scales) != 1:
@@ -74,9 +75,8 @@ def claims(records: Sequence[Record], memory: Sequence[dict] = (), how: Bootstra
     tables: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         tables[record.cell["table"]].append(record)
-    for name, some in tables.items():
-        if name != "semi_sorted":  # which sweeps the budget, and checks for itself
-            check_comparable(some)
+    for name in COMPARED:  # semi_sorted sweeps the budget, and checks for itself
+        check_comparable(tables[name])
     scale = f" SCALE={scales.pop()}"
     by_rank = [pair for name in ("table2", "table3") for pair in _pairs_by_rank(tables[name], how)]
     study = Study(tables["semi_sorted"], how)
@@ -88,9 +88,7 @@ def claims(records: Sequence[Record], memory: Sequence[dict] = (), how: Bootstra
         _fits(memory),
         _semi_sorted(study, "make semi_sorted" + scale),
         _more_under_a_smaller_budget(study, "make semi_sorted" + scale),
-        *_costs(
-            [r for name in ("table1", "table2", "table3") for r in tables[name]], "make table1 table2 table3" + scale
-        ),
+        *_costs([r for name in COMPARED for r in tables[name]], "make table1 table2 table3" + scale),
     ]
 
 

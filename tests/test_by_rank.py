@@ -234,6 +234,13 @@ def test_claims_refuse_two_scales_and_mixed_budgets(records):
         claims([changed(one, budget=asked), *others])
 
 
+def test_a_study_whose_variants_differ_in_budget_leaves_the_claims_as_they_are(records):
+    one = records["table3"][0]
+    budgets = [one.raw["budget"] | {"asked": {"steps": steps, "examples": None, "tokens": None}} for steps in (32, 64)]
+    epochs = [changed(one, budget=budget, cell=one.cell | {"table": "study_epochs"}) for budget in budgets]
+    assert claims([*all_of(records), *epochs], how=QUICK) == claims(all_of(records), how=QUICK)
+
+
 def test_the_same_seed_gives_the_same_claims(records):
     assert claims(all_of(records), how=QUICK) == claims(all_of(records)[::-1], how=QUICK)
     text = to_markdown(claims_table(claims(all_of(records), how=QUICK), "mini"))
