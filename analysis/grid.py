@@ -28,6 +28,8 @@ METHODS = {
     "qlora": "QLoRA",
     "qlora:truncate_alpha_over_b": "QLoRA, alpha/b",
     "qlora:svd": "QLoRA, SVD",
+    "qlora-graded": "QLoRA, graded rates",
+    "qlora-graded:svd": "QLoRA, graded rates, SVD",
     "qdylora": "QDyLoRA",
     "qdylora-sequence": "QDyLoRA, rank per sequence",
     "qdylora-anchored": "QDyLoRA, anchored",

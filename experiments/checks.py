@@ -20,6 +20,7 @@ from qdylora.adalora import LEAST_STEPS
 from qdylora.base import BITS
 from qdylora.cut import CUTS
 from qdylora.gate import SCALES
+from qdylora.update import UPDATES
 
 
 def check(c: Config) -> None:
@@ -37,7 +38,7 @@ def _choices(c: Config) -> Iterator[str]:
         "method.bits": (c.method.bits, BITS),
         "method.gate": (c.method.gate, ("prefix", "frozen", "adalora")),
         "method.scale": (c.method.scale, SCALES),
-        "method.update": (c.method.update, ("drift", "masked")),
+        "method.update": (c.method.update, UPDATES),
         "method.quant_type": (c.method.quant_type, ("nf4", "fp4")),
         "optim.name": (c.optim.name, ("adamw", "sgd", "paged_adamw_32bit", "paged_adamw_8bit")),
         "optim.schedule": (c.optim.schedule, ("constant", "linear", "cosine")),
@@ -158,6 +159,11 @@ def _combinations(c: Config) -> Iterator[str]:
         )
     if c.method.update == "masked" and c.optim.name == "paged_adamw_8bit":
         yield "method.update is 'masked' but optim.name is 'paged_adamw_8bit'; choose a 32-bit optimizer"
+    if c.method.update == "graded" and c.optim.adapter_dtype != "float32":
+        yield (
+            f"method.update is 'graded' but optim.adapter_dtype is {c.optim.adapter_dtype!r}, which rounds a step "
+            "before it is scaled; choose float32"
+        )
     if c.method.draw.after and c.method.scale != "constant":
         yield (
             f"method.draw.after is {c.method.draw.after} but method.scale is {c.method.scale!r}: sorted ranks count as "
@@ -189,7 +195,7 @@ def _adalora(c: Config) -> Iterator[str]:
     if c.method.draw.kind != "fixed":
         yield f"method.draw.kind is {c.method.draw.kind!r}, but AdaLoRA draws no ranks; choose draw.kind: fixed"
     if c.method.update != "drift":
-        yield f"method.update is {c.method.update!r}, but AdaLoRA draws no ranks to mask by; choose update: drift"
+        yield f"method.update is {c.method.update!r}, but AdaLoRA's optimizer steps are PEFT's; choose update: drift"
     if c.ranks.eval != [c.ranks.r_max]:
         yield f"ranks.eval is {c.ranks.eval}, but AdaLoRA has one rank; set ranks.eval=[{c.ranks.r_max}], its r_max"
     if c.budget.steps < LEAST_STEPS:

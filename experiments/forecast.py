@@ -98,7 +98,7 @@ def training_of(config: Config) -> Training:
         optimizer=c.optim.name,
         checkpoint_activations=c.optim.checkpoint_activations,
         accumulate=c.budget.batch > c.optim.micro_batch,
-        masked=c.method.update == "masked",
+        update=c.method.update,
         rank_per_row=c.method.draw.per == "sequence",
     )
 

@@ -9,7 +9,7 @@ from qdylora.export import export_rank, merge, merge_into
 from qdylora.gate import Gate, Nested
 from qdylora.llama_cpp import adapter_to_gguf, merge_into_gguf
 from qdylora.sort import sort_ranks
-from qdylora.update import mask_updates
+from qdylora.update import grade_updates, mask_updates
 
 __all__ = [
     "CUTS",
@@ -25,6 +25,7 @@ __all__ = [
     "cut",
     "export_rank",
     "gate_of",
+    "grade_updates",
     "load_adapter",
     "load_base",
     "load_config",

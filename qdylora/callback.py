@@ -11,7 +11,7 @@ from qdylora.adapter import gate_of, rank_settings
 from qdylora.draw import Draw
 from qdylora.gate import Nested
 from qdylora.sort import check_sortable, sort_ranks
-from qdylora.update import mask_updates
+from qdylora.update import UPDATES, set_update
 
 
 class DrawCallback(TrainerCallback):
@@ -20,13 +20,13 @@ class DrawCallback(TrainerCallback):
         Trainer(model=attach(model), callbacks=[DrawCallback(Draw())], ...)
 
     `ranks`, shape (micro_batches, rows), are the current step's, of all processes; `largest_rank` is the
-    largest of them. With `update="masked"` the optimizer leaves rows above it alone. Before the first step that is
-    drawn, if it is not the first of all (`Draw.from_step`), the ranks are sorted.
+    largest of them. `update` is what a step of the optimizer does to the ranks, one of `qdylora.update.UPDATES`. Before
+    the first step that is drawn, if it is not the first of all (`Draw.from_step`), the ranks are sorted.
     """
 
     def __init__(self, draw: Draw, update: str = "drift"):
-        if update not in ("drift", "masked"):
-            raise ValueError(f"update is {update!r}; choose drift or masked")
+        if update not in UPDATES:
+            raise ValueError(f"update is {update!r}; choose one of {', '.join(UPDATES)}")
         self.draw = draw
         self.update = update
         self.ranks = np.full((1, 1), draw.r_max)
@@ -46,8 +46,7 @@ class DrawCallback(TrainerCallback):
                     f"draw.from_step is {self.draw.from_step}, but the adapter's scale is {gate_of(model).scale!r}: "
                     "sorted ranks count as they were trained at r_max, so attach with scale='constant'"
                 )
-        if self.update == "masked":
-            mask_updates(_plain(optimizer), model, lambda: self.largest_rank)
+        set_update(self.update, _plain(optimizer), model, lambda: self.largest_rank)
 
     def on_step_begin(self, args, state, control, model: nn.Module, optimizer=None, **kwargs):
         if state.global_step == self.draw.from_step > 0:

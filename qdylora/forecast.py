@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from qdylora.adapter import attach, gate_of, set_rank
 from qdylora.base import contiguous_head_input
 from qdylora.ledger import PARTS, Ledger, device_kernels
-from qdylora.update import mask_updates
+from qdylora.update import set_update
 
 #: bitsandbytes keeps the state of smaller parameters out of unified memory.
 PAGED_FROM = 100_000
@@ -45,14 +45,14 @@ class Shape:
 class Training:
     """What else decides how much a step holds. optimizer: adamw, sgd, paged_adamw_32bit or paged_adamw_8bit.
     accumulate: a step has several micro-batches, so that gradients are held while the next ones are computed.
-    masked: see `qdylora.mask_updates`. rank_per_row: every row has a rank of its own. device: whose kernels,
+    update: see `qdylora.update`. rank_per_row: every row has a rank of its own. device: whose kernels,
     cuda or cpu.
     """
 
     optimizer: str = "paged_adamw_32bit"
     checkpoint_activations: bool = True
     accumulate: bool = True
-    masked: bool = False
+    update: str = "drift"
     rank_per_row: bool = False
     device: str = "cuda"
 
@@ -166,8 +166,7 @@ def _optimizer_step(
         p.grad = torch.empty_like(p)
         ledger.enter(p.grad, "gradients")
     optimizer = OPTIMIZERS[training.optimizer](trainable, foreach=training.device == "cuda")
-    if training.masked:
-        mask_updates(optimizer, model, lambda: 1)
+    set_update(training.update, optimizer, model, lambda: 1)
     for _ in range(2):  # the first makes the state
         optimizer.step()
         for state in optimizer.state.values():

@@ -1,7 +1,9 @@
-"""What an optimizer does to the rows above b, whose gradient is zero in this step.
+"""What a step of the optimizer does to the ranks.
 
-By default nothing special: Adam's momentum and weight decay still move them (`drift`, the official DyLoRA code's
-behaviour). `mask_updates` leaves those rows, and their optimizer state, as they were.
+drift    nothing special: Adam's momentum and weight decay also move the rows above b, whose gradient is zero in this
+         step (the official DyLoRA code's behaviour)
+masked   the rows above b, and their optimizer state, stay as they were
+graded   ours: low ranks learn faster than high ones
 """
 
 from __future__ import annotations
@@ -11,6 +13,19 @@ from collections.abc import Callable, Iterator
 import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
+from torch.distributed.tensor import DTensor
+
+UPDATES = ("drift", "masked", "graded")
+
+
+def set_update(
+    update: str, optimizer: torch.optim.Optimizer, model: nn.Module, largest_rank: Callable[[], int]
+) -> None:
+    """From now on steps of `optimizer` follow one of UPDATES. ValueError as `mask_updates` raises it."""
+    if update == "masked":
+        mask_updates(optimizer, model, largest_rank)
+    elif update == "graded":
+        grade_updates(optimizer, model)
 
 
 def mask_updates(optimizer: torch.optim.Optimizer, model: nn.Module, largest_rank: Callable[[], int]) -> None:
@@ -55,9 +70,41 @@ def mask_updates(optimizer: torch.optim.Optimizer, model: nn.Module, largest_ran
     optimizer.register_step_post_hook(after)
 
 
+def grade_updates(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """From now on a step of `optimizer` moves column i of every B `rates(r)[i - 1]` times as far.
+
+    A learning rate for every rank, as LoRA+ (arXiv 2402.12354) has one for A and one for B: with Adam it is as if entry
+    i of the gate were scaled by it. What is learned gathers in few directions, which a cut by SVD keeps.
+    """
+    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def before(*_) -> None:
+        kept[:] = [(B, B.clone()) for B in (_local(p.detach()) for p in columns)]
+
+    def after(*_) -> None:
+        for B, value in kept:
+            B.copy_(value.lerp(B, rates(B.shape[1]).to(B)))
+        kept.clear()
+
+    columns = [p for p, axis in _rank_axes(model).items() if axis == 1]
+    optimizer.register_step_pre_hook(before)
+    optimizer.register_step_post_hook(after)
+
+
+def rates(r: int) -> torch.Tensor:
+    """In proportion to 1/i for the ranks i = 1..r, 1 on average, shape (r,)."""
+    rate = 1 / torch.arange(1, r + 1, dtype=torch.float64)
+    return rate / rate.mean()
+
+
 def has_8bit_state(optimizer: torch.optim.Optimizer) -> bool:
     """Whether it is one of bitsandbytes' that keep their state in 8 bits."""
     return getattr(getattr(optimizer, "args", None), "optim_bits", 32) != 32
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's part, which FSDP cuts along the rows of B."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _rank_axes(model: nn.Module) -> dict[nn.Parameter, int]:

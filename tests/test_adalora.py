@@ -104,7 +104,7 @@ def test_it_has_one_rank(trained, tmp_path):
 BAD = {
     "ranks.eval=[1,8]": r"ranks.eval is \[1, 8\], but AdaLoRA has one rank; set ranks.eval=\[8\]",
     "method.draw.kind=uniform": "method.draw.kind is 'uniform', but AdaLoRA draws no ranks",
-    "method.update=masked": "method.update is 'masked', but AdaLoRA draws no ranks",
+    "method.update=masked": "method.update is 'masked', but AdaLoRA's optimizer steps",
     "budget.steps=1": "budget.steps is 1; AdaLoRA needs at least 2",
 }
 

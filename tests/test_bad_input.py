@@ -124,6 +124,11 @@ BAD = {
     "8 bits": config("method.bits is 8; choose one of 4, 16, 32", "method.bits=8"),
     "unknown gate": config("method.gate is 'suffix'", "method.gate=suffix"),
     "unknown draw": config("method.draw.kind is 'normal'", "method.draw.kind=normal"),
+    "graded steps of a coarse type": config(
+        "method.update is 'graded' but optim.adapter_dtype is 'bfloat16'",
+        "method=qlora_graded",
+        "optim.adapter_dtype=bfloat16",
+    ),
     "first draw after the end": config("method.draw.after is 1.0", "method=qdylora_sorted", "method.draw.after=1"),
     "sorted ranks of unequal scale": config("method.scale is 'alpha_over_b'", "method.draw.after=0.5"),
     "8-bit state of sorted ranks": config(

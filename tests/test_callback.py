@@ -141,7 +141,7 @@ def test_drift_and_masked_train_different_weights(optim, cache, tmp_path):
 
 
 def test_an_unknown_update_rule_is_refused():
-    with pytest.raises(ValueError, match="update is 'mask'; choose drift or masked"):
+    with pytest.raises(ValueError, match="update is 'mask'; choose one of drift, masked, graded"):
         DrawCallback(Draw(), "mask")
 
 

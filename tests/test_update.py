@@ -1,4 +1,4 @@
-"""What an optimizer does to the rows above b, against slow optimizers written row by row."""
+"""What an optimizer does to the ranks, against slow optimizers written row by row."""
 
 import bitsandbytes as bnb
 import pytest
@@ -6,7 +6,9 @@ import torch
 from tiny import adapted, tokens
 from torch.testing import assert_close
 
-from qdylora import gate_of, mask_updates, set_rank
+from qdylora import gate_of, grade_updates, mask_updates, set_rank
+from qdylora.adapter import factors
+from qdylora.update import rates
 
 R_MAX = 8
 RANKS = [3, 8, 1, 5, 2, 8, 4]  # the first step, which creates the state, is at b < r_max
@@ -43,10 +45,13 @@ class SlowSGD:
 
 
 class SlowOptimizer:
-    """One tensor's rows: rows[i] is (p, state...) of row i, in float64. With `masked`, rows above b are not visited."""
+    """One tensor's rows: rows[i] is (p, state...) of row i, in float64. With `masked`, rows above b are not visited;
+    with `graded`, row i of B goes in proportion to 1 / (i + 1) of its way."""
 
-    def __init__(self, rule, p: torch.Tensor, axis: int, masked: bool):
+    def __init__(self, rule, p: torch.Tensor, axis: int, masked: bool = False, graded: bool = False):
         self.rule, self.axis, self.masked = rule, axis, masked
+        harmonic = sum(1 / (i + 1) for i in range(p.shape[axis]))
+        self.rates = [p.shape[axis] / harmonic / (i + 1) if graded and axis == 1 else 1 for i in range(p.shape[axis])]
         zero = torch.zeros_like(p.select(axis, 0), dtype=torch.float64)
         self.rows = [
             (p.detach().select(axis, i).double().clone(), *(zero.clone() for _ in rule.keys))
@@ -59,7 +64,8 @@ class SlowOptimizer:
             if self.masked and i >= b:
                 continue
             p, *state = self.rows[i]
-            self.rows[i] = self.rule.update(p, grad.select(self.axis, i).double(), *state)
+            moved, *state = self.rule.update(p, grad.select(self.axis, i).double(), *state)
+            self.rows[i] = p + self.rates[i] * (moved - p), *state
 
     def tensor(self, k: int) -> torch.Tensor:
         """The weight (k = 0) or the k-th state, in the parameter's shape."""
@@ -99,9 +105,9 @@ def assert_near(got: torch.Tensor, want: torch.Tensor, where: str) -> None:
     assert_close(got, want, rtol=1e-6, atol=atol, msg=lambda message: f"{where}: {message}")
 
 
-def assert_equals_slow(model, optimizer, slow_rule, masked: bool) -> None:
+def assert_equals_slow(model, optimizer, slow_rule, **kind: bool) -> None:
     params = trainable(model)
-    slow = {name: SlowOptimizer(slow_rule(), p, rank_axis(name), masked) for name, p in params.items()}
+    slow = {name: SlowOptimizer(slow_rule(), p, rank_axis(name), **kind) for name, p in params.items()}
     for step, b in enumerate(RANKS):
         backward(model, b, seed=step)
         grads = {name: p.grad.clone() for name, p in params.items()}
@@ -128,7 +134,35 @@ def test_masked_equals_the_slow_optimizer_that_visits_rows_up_to_b_only(slow_rul
 @every_optimizer
 def test_drift_equals_the_slow_optimizer_that_visits_every_row(slow_rule, make, tmp_path):
     model = adapted("llama", 32, tmp_path)
-    assert_equals_slow(model, make(trainable(model).values()), slow_rule, masked=False)
+    assert_equals_slow(model, make(trainable(model).values()), slow_rule)
+
+
+@every_optimizer
+def test_graded_equals_the_slow_optimizer_with_a_rate_for_every_rank(slow_rule, make, tmp_path):
+    model = adapted("llama", 32, tmp_path)
+    optimizer = make(trainable(model).values())
+    grade_updates(optimizer, model)
+    assert_equals_slow(model, optimizer, slow_rule, graded=True)
+
+
+def test_graded_adam_trains_as_if_the_entries_of_the_gate_were_scaled(tmp_path):
+    """W = B diag(rates) A, all of B learning at one rate, is the same W after every step."""
+    model = adapted("llama", 32, tmp_path).double()
+    A, B = next(factors(model))
+    x, y = (torch.randn(20, n, dtype=torch.float64, generator=torch.manual_seed(0)) for n in (A.shape[1], B.shape[0]))
+    diagonal = rates(R_MAX)
+    scaled_A, scaled_B = A.detach().clone().requires_grad_(), (B.detach() / diagonal).requires_grad_()
+    adam = {"lr": LR, "eps": 0, "weight_decay": 0}
+    graded, scaled = torch.optim.AdamW([A, B], **adam), torch.optim.AdamW([scaled_A, scaled_B], **adam)
+    grade_updates(graded, model)
+    for _ in range(5):
+        (x @ A.T @ B.T - y).square().mean().backward()
+        (x @ scaled_A.T @ (scaled_B * diagonal).T - y).square().mean().backward()
+        for optimizer in (graded, scaled):
+            optimizer.step()
+            optimizer.zero_grad()
+        assert_close(B @ A, (scaled_B * diagonal) @ scaled_A, rtol=1e-9, atol=1e-12)
+    assert (B.detach() / (scaled_B * diagonal) - 1).abs().max() < 1e-9
 
 
 def changes_above_b(model, optimizer) -> list[bool]:
@@ -176,7 +210,7 @@ def test_parameters_other_than_the_adapter_step_as_usual(tmp_path):
     norm = model.get_base_model().model.norm.weight.requires_grad_()
     optimizer = torch.optim.AdamW(trainable(model).values(), **ADAMW)
     mask_updates(optimizer, model, lambda: gate_of(model).rank)
-    slow = SlowOptimizer(SlowAdamW(), norm[None], axis=0, masked=False)
+    slow = SlowOptimizer(SlowAdamW(), norm[None], axis=0)
     for step, b in enumerate(RANKS):
         backward(model, b, seed=step)
         slow.step(norm.grad[None], b)
