@@ -14,6 +14,7 @@ from torch.testing import assert_close
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from qdylora import Draw, DrawCallback, RankSettings, at_rank, attach, gate_of, load_adapter, set_rank
+from qdylora.update import UPDATES
 
 ROWS, ACCUMULATION = 2, 2
 PER = ["step", "micro_batch", "sequence"]
@@ -87,11 +88,11 @@ def test_the_trainer_uses_the_drawn_ranks(per, cache, tmp_path):
     assert gate_of(model).rank == 8
 
 
-@pytest.mark.parametrize("update", ["drift", "masked"])
+@pytest.mark.parametrize("update", UPDATES)
 @pytest.mark.parametrize("per", PER)
 def test_the_trainer_equals_a_plain_loop(per, update, cache, tmp_path):
     """A loop in plain PyTorch with `Draw` and `set_rank`, fed with the Trainer's batches. Masking is written out: rows
-    above the step's largest rank, and Adam's state of them, are put back by hand."""
+    above the step's largest rank, and Adam's state of them, are put back by hand. So is grading."""
     draw = Draw(r_max=8, per=per, seed=2)
     model = adapted("llama", 32, cache)
     seen = watch(model)
@@ -114,10 +115,17 @@ def test_the_trainer_equals_a_plain_loop(per, update, cache, tmp_path):
             set_rank(loop, micro.tolist())
             (loop(input_ids=ids, labels=ids).loss / ACCUMULATION).backward()
         kept = {key: rows.clone() for key, rows in row_tensors(ranks.max())}
+        before = {name: p.detach().clone() for name, p in params.items()}
         optimizer.step()
         if update == "masked":
             for key, rows in row_tensors(ranks.max()):
                 rows.copy_(kept.get(key, torch.zeros_like(rows)))
+        if update == "graded":
+            harmonic = sum(1 / i for i in range(1, 9))
+            for name in (name for name in params if "lora_B" in name):
+                for i in range(8):
+                    moved = params[name].data[:, i] - before[name][:, i]
+                    params[name].data[:, i] = before[name][:, i] + moved * 8 / harmonic / (i + 1)
         optimizer.zero_grad()
     for name, w in weights(model).items():
         # Rounding, which differs between one rank and a rank per row, decides Adam's steps of 1e-2 where a gradient is
