@@ -110,7 +110,7 @@ def test_the_cells_of_the_table_are_told_by_their_variants():
     overrides = ["scale=smoke", "table=rivals"]
     found = cells(config(*overrides), overrides)
     assert [cell.method for _, cell in found] == list(config(*overrides).table.variants)
-    assert len({cell.name for _, cell in found}) == len({cell.digest for _, cell in found}) == len(found) == 14
+    assert len({cell.name for _, cell in found}) == len({cell.digest for _, cell in found}) == len(found) == 16
     trained = {
         cell.method: (cell.config.method.name, cell.config.ranks.r_max, cell.config.ranks.eval) for _, cell in found
     }
@@ -124,15 +124,15 @@ def test_the_cells_of_the_table_are_told_by_their_variants():
     assert TABLES["rivals"] is rivals
 
 
-def test_the_long_table_repeats_four_rivals_and_adds_one_with_four_times_the_steps_and_no_benchmark():
+def test_the_long_table_repeats_six_rivals_with_four_times_the_steps_and_no_benchmark():
     overrides = ["scale=smoke", "table=rivals_long"]
     found = [cell for _, cell in cells(config(*overrides), overrides)]
     short = config("scale=smoke", "table=rivals").table.variants
     variants = dict(config(*overrides).table.variants)
-    assert [cell.method for cell in found] == list(variants) and variants.pop("qdylora-sorted")
+    assert [cell.method for cell in found] == list(variants)
     assert {name: list(short[name]) for name in variants} == variants
     assert {(cell.config.budget.steps, tuple(cell.config.tasks.benchmarks)) for cell in found} == {(16, ())}
-    assert len(found) == 5 and TABLES["rivals_long"] is rivals
+    assert len(found) == 6 and TABLES["rivals_long"] is rivals
 
 
 def test_rivals_told_apart_by_held_out_loss_alone(records, table):
