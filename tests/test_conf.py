@@ -44,6 +44,13 @@ def test_every_choice_of_every_group_is_valid_at_every_scale(group, scale):
             assert getattr(c, group).name.replace("_", "-") == choice.replace("_", "-")
 
 
+def test_graded_rates_have_a_float32_adapter_where_qlora_has_a_coarser_one():
+    types = {
+        method: config("scale=paper", f"method={method}").optim.adapter_dtype for method in ("qlora", "qlora_graded")
+    }
+    assert types == {"qlora": "bfloat16", "qlora_graded": "float32"}
+
+
 def test_at_scale_paper_every_cell_of_a_table_has_qloras_hyper_parameters():
     table = config("scale=paper", "table=table1").table
     for model, data in product(table.models, table.data):
