@@ -67,10 +67,17 @@ def test_every_method_is_compared_with_qlora_trained_at_that_very_rank(table):
     assert not any(str(found[rank]) for rank in (2, 4, 16, 32))
 
 
-def test_every_method_is_compared_with_qlora_cut_by_svd_over_all_seeds():
-    """Of the kept results: what README says of the sorted ranks, from the items themselves."""
+@pytest.mark.parametrize(
+    ("name", "cell", "items"),
+    [
+        ("QDyLoRA, sorted at 3/4", "qdylora-sorted", "heldout"),
+        ("QLoRA, graded rates, SVD", "qlora-graded", "svd-heldout"),
+    ],
+)
+def test_every_method_is_compared_with_qlora_cut_by_svd_over_all_seeds(name, cell, items):
+    """Of the kept results: what README says of our methods, from the items themselves."""
     kept = RESULTS / "small/rivals_long"
-    found = row(rivals(load(kept), HOW), "Held-out loss above that of QLoRA cut by SVD", "QDyLoRA, sorted at 3/4")
+    found = row(rivals(load(kept), HOW), "Held-out loss above that of QLoRA cut by SVD", name)
 
     def mean_loss(cell: str, items: str, rank: int) -> float:
         file = kept / f"smollm2-135m--gsm8k--{cell}--steps192/items/{items}.jsonl.gz"
@@ -79,7 +86,7 @@ def test_every_method_is_compared_with_qlora_cut_by_svd_over_all_seeds():
         return sum(line["values"][str(rank)] * line["weight"] for line in lines) / weights
 
     for rank in RANKS:
-        mine = sum(mean_loss(f"qdylora-sorted--seed{seed}", "heldout", rank) for seed in range(3))
+        mine = sum(mean_loss(f"{cell}--seed{seed}", items, rank) for seed in range(3))
         theirs = sum(mean_loss(f"qlora-r64--seed{seed}", "svd-heldout", rank) for seed in range(3))
         assert found[rank].value == pytest.approx(100 * (mine / theirs - 1), abs=1e-3)
         assert found[rank].low < found[rank].value < found[rank].high
