@@ -21,7 +21,7 @@ from analysis.stats import (
     paired,
 )
 
-STATIC = ("lora", "qlora", "adalora")  # trained at one rank; a lower rank is a truncation
+STATIC = ("lora", "qlora", "qlora-graded", "adalora")  # trained at one rank; a lower rank is a truncation
 METHODS = {
     "lora": "LoRA",
     "dylora": "DyLoRA",
