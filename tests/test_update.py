@@ -1,14 +1,18 @@
 """What an optimizer does to the ranks, against slow optimizers written row by row."""
 
+import json
+
 import bitsandbytes as bnb
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny import adapted, tokens
 from torch.testing import assert_close
 
 from qdylora import gate_of, grade_updates, mask_updates, set_rank
 from qdylora.adapter import factors
 from qdylora.update import rates
+from tests.commands import inside
 
 R_MAX = 8
 RANKS = [3, 8, 1, 5, 2, 8, 4]  # the first step, which creates the state, is at b < r_max
@@ -227,3 +231,18 @@ def test_8_bit_optimizers_are_refused(name, tmp_path):
         ValueError, match="'masked', but an 8-bit optimizer's state cannot be cut by rank; choose a 32-bit"
     ):
         mask_updates(optimizer, model, lambda: gate_of(model).rank)
+
+
+def test_a_cell_is_trained_with_graded_rates_and_cut_from_end_to_end(tmp_path):
+    code = ("scale=smoke", "table=rivals_long", "data=gsm8k", "method=qlora_graded", "ranks.cuts=[svd]", "tracker=none")
+    done = inside("experiments.run", *code, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (cell,) = (tmp_path / "outputs/smoke/rivals_long").iterdir()
+    columns = [
+        B.norm(dim=0) for name, B in load_file(cell / "adapter/adapter_model.safetensors").items() if "_B." in name
+    ]
+    moved = torch.stack(columns).mean(dim=0)  # from zero, by rank
+    assert 32 < moved[0] / moved[-1] < 128 and moved[:8].mean() > 4 * moved[-8:].mean()
+    record = json.loads((cell / "record.json").read_text())
+    losses = record["cuts"]["svd"]["heldout"]["ranks"]
+    assert losses["64"]["value"] == pytest.approx(record["heldout"]["ranks"]["64"]["value"], rel=1e-3)
