@@ -18,7 +18,7 @@ IDS = {
 }
 
 
-@pytest.mark.parametrize(("table", "count"), [("table1", 32), ("table2", 4), ("table3", 12), ("rivals", 14)])
+@pytest.mark.parametrize(("table", "count"), [("table1", 32), ("table2", 4), ("table3", 12), ("rivals", 16)])
 def test_every_cell_is_complete(table, count):
     overrides = [f"table={table}", "scale=paper"]
     found = [cell.config for _, cell in cells(config(*overrides), overrides)]
