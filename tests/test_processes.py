@@ -62,8 +62,8 @@ def test_each_of_two_processes_at_a_rank_of_its_own(tmp_path):
 
 
 SHARDED = """
-import sys, torch
-from torch.distributed import destroy_process_group, init_process_group
+import os, sys, torch
+from torch.distributed import barrier, destroy_process_group, init_process_group
 from torch.distributed.fsdp import fully_shard
 from tests.test_processes import stepped, tiny
 init_process_group("gloo")
@@ -75,7 +75,9 @@ rank = torch.distributed.get_rank()
 weights = stepped(model, slice(2 * rank, 2 * rank + 2), sys.argv[2])
 if rank == 0:
     torch.save({name: w for name, w in weights.items()}, sys.argv[1])
+barrier()
 destroy_process_group()
+os._exit(0)  # a thread of torch's that outlives the interpreter would abort it now and then
 """
 
 
