@@ -15,6 +15,8 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from qdylora.adapter import factors
+
 UPDATES = ("drift", "masked", "graded")
 
 
@@ -76,17 +78,17 @@ def grade_updates(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     A learning rate for every rank, as LoRA+ (arXiv 2402.12354) has one for A and one for B: with Adam it is as if entry
     i of the gate were scaled by it. What is learned gathers in few directions, which a cut by SVD keeps.
     """
+    every_B = [B for _, B in factors(model)]
     kept: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def before(*_) -> None:
-        kept[:] = [(B, B.clone()) for B in (_local(p.detach()) for p in columns)]
+        kept[:] = [(B, B.clone()) for B in (_local(B.detach()) for B in every_B)]
 
     def after(*_) -> None:
         for B, value in kept:
             B.copy_(value.lerp(B, rates(B.shape[1]).to(B)))
         kept.clear()
 
-    columns = [p for p, axis in _rank_axes(model).items() if axis == 1]
     optimizer.register_step_pre_hook(before)
     optimizer.register_step_post_hook(after)
 

@@ -110,14 +110,15 @@ def stepped(model, rows: slice, how: str = "as drawn") -> dict[str, torch.Tensor
     return {name: p.detach().clone() for name, p in whole.items()}
 
 
-@pytest.mark.parametrize("how", ["as drawn", "graded"])
-def test_the_gate_sees_whole_weights_when_fsdp_shards_them(how, tmp_path):
+# Graded steps go up to three times as far, and rounding with them.
+@pytest.mark.parametrize(("how", "rtol", "atol"), [("as drawn", 1e-4, 1e-6), ("graded", 1e-3, 2e-5)])
+def test_the_gate_sees_whole_weights_when_fsdp_shards_them(how, rtol, atol, tmp_path):
     torchrun(SHARDED, str(tmp_path / "weights"), how)
     sharded, whole = torch.load(tmp_path / "weights"), stepped(tiny(), slice(0, 4), how)
     assert sharded.keys() == whole.keys() and len(whole) > 4
     start = dict(tiny().named_parameters())
     for name in whole:
-        torch.testing.assert_close(sharded[name], whole[name], rtol=1e-3, atol=2e-5)
+        torch.testing.assert_close(sharded[name], whole[name], rtol=rtol, atol=atol)
     assert max((whole[name] - start[name]).abs().max() for name in whole) > 1e-3
 
 

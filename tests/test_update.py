@@ -149,6 +149,20 @@ def test_graded_equals_the_slow_optimizer_with_a_rate_for_every_rank(slow_rule, 
     assert_equals_slow(model, optimizer, slow_rule, graded=True)
 
 
+def test_graded_steps_of_an_8_bit_optimizer_go_in_proportion_to_its_own(tmp_path):
+    def stepped(graded: bool) -> torch.Tensor:
+        model = adapted("llama", 32, tmp_path, r_max=64)  # B is (64, 64), the smallest that is kept in 8 bits
+        optimizer = bnb.optim.AdamW8bit(trainable(model).values(), lr=LR)
+        if graded:
+            grade_updates(optimizer, model)
+        start = next(factors(model))[1].detach().clone()
+        backward(model, 64, seed=0)
+        optimizer.step()
+        return next(factors(model))[1].detach() - start
+
+    assert_close(stepped(graded=True), stepped(graded=False) * rates(64).float(), rtol=1e-4, atol=1e-7)
+
+
 def test_graded_adam_trains_as_if_the_entries_of_the_gate_were_scaled(tmp_path):
     """W = B diag(rates) A, all of B learning at one rate, is the same W after every step."""
     model = adapted("llama", 32, tmp_path).double()
